@@ -1,0 +1,754 @@
+"""The shared core: runs, networks, losses, the two regularizers, the trainer, figures.
+
+Letters in shapes: B batch, C channels, H height, W width, Z latent size, N images, F features.
+Images are uint8 in [0, 255] where they are stored and float32 in [-1, 1] where a network sees
+them. `step` counts updates of G, `d_steps` updates of D.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------- runs
+
+
+class UserError(ValueError):
+    """A user's mistake. The message is the one line shown before exit code 2."""
+
+
+def cli(main):
+    """Run `main()` as a command: a user's mistake or a full disk is one line and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run_flags(parser, presets):
+    """Flags that every script has. `presets` are the names `--preset` accepts."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--preset", choices=presets, help="default: paper on CUDA, cpu elsewhere")
+    g.add_argument("--smoke", action="store_const", const="smoke", dest="preset",
+                   help="the same as --preset smoke: seconds, to see that everything works")
+    g.add_argument("--seeds", type=int, nargs="+", help="one run each; default 0 or the preset's")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    g.add_argument("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
+    g.add_argument("--name", help="run folder; default: dataset, model and preset")
+    g.add_argument("--resume", action="store_true", help="go on in an existing run folder")
+    g.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    g.add_argument("--plot", type=Path, metavar="RUN", help="redraw RUN/figure.png and stop")
+
+
+def train_flags(parser):
+    """Flags of the training scripts. No default here: a script's PRESETS give the values."""
+    g = parser.add_argument_group("training (default: the preset's value)")
+    for flag, kind, text in [
+        ("--steps", int, "updates of G"), ("--d-steps", int, "updates of D, instead of --steps"),
+        ("--batch", int, "images per batch"), ("--n-dis", int, "updates of D per update of G"),
+        ("--lr-g", float, "Adam step size of G"), ("--lr-d", float, "Adam step size of D"),
+        ("--beta1", float, "Adam"), ("--beta2", float, "Adam"),
+        ("--z-dim", int, "latent size"), ("--width", int, "channels of the widest resolution"),
+        ("--gp-weight", float, "weight of the gradient penalty, 0 for none"),
+        ("--comb-weight", float, "share of the extra negatives, eq. (13); the paper's is 0.5"),
+        ("--ema-beta", float, "decay of the averaged G, 0 for none"),
+        ("--log-every", int, "updates of G"), ("--eval-every", int, "updates of G"),
+        ("--sample-every", int, "updates of G"), ("--ckpt-every", int, "updates of G"),
+        ("--checks", int, "how many scores, grids and checkpoints, unless set one by one"),
+        ("--n-fid", int, "generated images per score"),
+    ]:
+        g.add_argument(flag, type=kind, help=text)
+    g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
+    g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images")
+    g.add_argument("--gp-comb", action=argparse.BooleanOptionalAction,
+                   help="let the penalty reach the extra negatives too")
+    g = parser.add_argument_group("images from a checkpoint, no training")
+    g.add_argument("--sample", type=Path, metavar="CKPT", help="draw from CKPT's G and stop")
+    g.add_argument("--n", type=int, default=64, help="how many images")
+    g.add_argument("--out", type=Path, default=Path("grid.png"), help="where to write them")
+
+
+def resolve(args, *presets, **fixed):
+    """Presets (dicts, later ones win), then the flags the user gave, then `fixed` -> Namespace.
+
+    steps and d_steps follow from each other by n_dis; eval, sample and ckpt_every are `checks` to
+    a run where they are not given. Raises UserError for values that no training can have.
+    """
+    cfg = {k: v for k, v in vars(args).items()
+           if k not in ("sample", "n", "out", "plot", "dry_run")}
+    given = {k: v for k, v in cfg.items() if v is not None}
+    for layer in (*presets, given, fixed):
+        if {"steps", "d_steps"} & layer.keys():  # the later word on the length counts
+            cfg |= {"steps": None, "d_steps": None}
+        cfg |= layer
+    cfg["seeds"] = cfg["seeds"] or [0]
+    cfg["steps"] = cfg["steps"] or cfg["d_steps"] // cfg["n_dis"]
+    cfg["d_steps"] = cfg["steps"] * cfg["n_dis"]
+    for key in ("eval_every", "sample_every", "ckpt_every"):
+        cfg[key] = cfg[key] or max(cfg["steps"] // cfg["checks"], 1)
+    for keys, low, high in [
+            (("steps", "batch", "n_dis", "z_dim", "width", "log_every", "eval_every",
+              "sample_every", "ckpt_every", "n_fid"), 1, math.inf),
+            (("lr_g", "lr_d", "gp_weight"), 0, math.inf),
+            (("beta1", "beta2", "ema_beta", "comb_weight"), 0, 0.999999)]:
+        for key in keys:
+            if not low <= cfg[key] <= high:
+                raise UserError(f"--{key.replace('_', '-')} is {cfg[key]}: "
+                                f"must be in [{low}, {'oo' if high > 1 else '1'})")
+    return argparse.Namespace(**cfg)
+
+
+def pick_device(name):
+    """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError if the machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not on this machine; try --device cpu") from None
+    return device
+
+
+def generator(seed, device):
+    """A random stream of its own, so that evaluation never disturbs training."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def plain(value):
+    """`value` with paths, devices, tensors and the like turned into what JSON can hold."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; rename it there once the block ends without error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain(value), indent=1) + "\n")
+
+
+def read_json(path):
+    """The object in a .json file, or None if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_rows(path):
+    """The rows of a metrics.jsonl, a torn last line left out; [] if there is none."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def git_hash():
+    """Commit of the code, `-dirty` behind it if changed, or None outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True,
+                              cwd=Path(__file__).parent, check=True, capture_output=True,
+                              timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+FREE_TO_CHANGE = {"resume", "steps", "d_steps", "seeds", "arms", "outdir", "name", "device",
+                  "data_dir", "fid_weights"}
+
+
+def open_run(folder, cfg, resume):
+    """Create `folder` with its config.json, or reopen it under `--resume`; returns the Path.
+
+    Raises UserError if it exists and `resume` is false, or if it was made with another config.
+    """
+    folder, cfg, path = Path(folder), plain(cfg), Path(folder) / "config.json"
+    if path.exists():
+        if not resume:
+            raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
+        old = json.loads(path.read_text())["flags"]
+        differ = [f"{k} was {old.get(k)}, is {cfg.get(k)}" for k in sorted({*old, *cfg})
+                  if k not in FREE_TO_CHANGE and old.get(k) != cfg.get(k)]
+        if differ:
+            raise UserError(f"{folder} was made with another configuration: {'; '.join(differ)}")
+    write_json(path, {
+        "flags": cfg, "command": sys.argv, "git": git_hash(), "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": np.__version__, "host": platform.machine(),
+        "threads": torch.get_num_threads()})
+    return folder
+
+
+def announce(configs, dry_run):
+    """Print the resolved configurations; returns dry_run, so that a script can stop there."""
+    for cfg in configs:
+        print("  ".join(f"{k}={v}" for k, v in sorted(plain(cfg).items()) if v is not None))
+    return dry_run
+
+
+def write_result(folder, script, cfg, device, start, rows, paper):
+    """result.json: what was measured since `start`, the paper's numbers, and what was asked for."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    result = plain({"script": script, "preset": cfg.preset,
+                    "seconds": round(time.time() - start, 1),
+                    "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
+                    "rows": rows, "paper": paper, "config": cfg})
+    write_json(folder / "result.json", result)
+    return result
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list that a first SIGINT or SIGTERM is put into; a second one stops at once."""
+    caught = []
+
+    def handle(number, frame):
+        if caught:
+            sys.exit(128 + number)
+        caught.append(number)
+
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: leave the signals to their owner
+        old = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------- networks
+
+
+def init(layer, kind="dcgan"):
+    """First weights, no bias: N(0, 0.02) as Radford et al. (2015), or `he` et al. (2015)."""
+    if kind == "dcgan":
+        nn.init.normal_(layer.weight, 0, 0.02)
+    else:
+        nn.init.kaiming_normal_(layer.weight, a=0.2)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def norm_layer(kind, channels):
+    return {"none": lambda: nn.Identity(), "batch": lambda: nn.BatchNorm2d(channels),
+            "layer": lambda: nn.GroupNorm(1, channels)}[kind]()
+
+
+class Attention(nn.Module):
+    """Self-attention of SAGAN (Zhang et al. 2018): keys C/8, values C/2, both pooled, gain 0."""
+
+    def __init__(self, channels):
+        super().__init__()
+        widths = [max(channels // 8, 1), max(channels // 8, 1), max(channels // 2, 1)]
+        self.query, self.key, self.value = (
+            spectral_norm(nn.Conv2d(channels, w, 1, bias=False)) for w in widths)
+        self.out = spectral_norm(nn.Conv2d(widths[2], channels, 1, bias=False))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        q = self.query(x).flatten(2)                                    # (B, C/8, HW)
+        k = F.max_pool2d(self.key(x), 2).flatten(2)                     # (B, C/8, HW/4)
+        v = F.max_pool2d(self.value(x), 2).flatten(2)                   # (B, C/2, HW/4)
+        weights = (q.transpose(1, 2) @ k).softmax(-1)                   # (B, HW, HW/4)
+        out = (v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])   # (B, C/2, H, W)
+        return x + self.gain * self.out(out)
+
+
+def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, sagan=False):
+    """G and D of Radford et al. (2015): one 4x4, stride-2 level for each doubling above 4 px.
+
+    UNSPECIFIED: the paper's architectures. At 32 px G is 256-128-64 and D 64-128-256 channels,
+    at 64 px one level more; the published baselines fit nets of that size. SAGAN is unconditional
+    here: the same pair under spectral norm, with attention at half the image size in both.
+    """
+    wrap = spectral_norm if sagan else lambda layer: layer
+    levels = int(math.log2(size // 4))
+    widths = [width * 2 ** i for i in range(levels)]                    # from the image inwards
+    g = [wrap(init(nn.Linear(z_dim, widths[-1] * 16))), nn.Unflatten(1, (widths[-1], 4, 4)),
+         nn.BatchNorm2d(widths[-1]), nn.ReLU()]
+    for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
+        g += [wrap(init(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))),
+              nn.BatchNorm2d(narrow), nn.ReLU()]
+    g += [Attention(width)] if sagan else []
+    g += [wrap(init(nn.ConvTranspose2d(width, channels, 4, 2, 1))), nn.Tanh()]
+    d = [wrap(init(nn.Conv2d(channels, width, 4, 2, 1), init_d)), nn.LeakyReLU(0.2)]
+    d += [Attention(width)] if sagan else []
+    for narrow, wide in zip(widths[:-1], widths[1:]):
+        d += [wrap(init(nn.Conv2d(narrow, wide, 4, 2, 1), init_d)), norm_layer(norm_d, wide),
+              nn.LeakyReLU(0.2)]
+    d += [nn.Flatten(), wrap(init(nn.Linear(widths[-1] * 16, 1), init_d)), nn.Flatten(0)]
+    return nn.Sequential(*g), nn.Sequential(*d)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block of Gulrajani et al. (2017), up- or downsampling by two."""
+
+    def __init__(self, c_in, c_out, resample=None, norm="none", first=False):
+        super().__init__()
+        self.pre = nn.Identity() if first else nn.Sequential(norm_layer(norm, c_in), nn.ReLU())
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.mid = nn.Sequential(norm_layer(norm, c_out), nn.ReLU())
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
+        self.up = nn.Upsample(scale_factor=2) if resample == "up" else nn.Identity()
+        self.down = nn.AvgPool2d(2) if resample == "down" else nn.Identity()
+        for conv in (self.conv1, self.conv2):
+            init(conv, "he")
+
+    def forward(self, x):
+        out = self.conv2(self.mid(self.conv1(self.up(self.pre(x)))))
+        return self.down(out) + self.skip(self.down(self.up(x)))
+
+
+def resnet_pair(size, channels, z_dim, width, norm_d):
+    """G and D of Gulrajani et al. (2017), section 5.3: ResNets of `width` (128) channels."""
+    levels = int(math.log2(size // 4))
+    g = [nn.Linear(z_dim, width * 16), nn.Unflatten(1, (width, 4, 4))]
+    g += [ResBlock(width, width, "up", "batch") for _ in range(levels)]
+    g += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
+    d = [ResBlock(channels, width, "down", first=True)]
+    d += [ResBlock(width, width, "down", norm_d) for _ in range(levels - 2)]
+    d += [ResBlock(width, width, None, norm_d) for _ in range(2)]
+    d += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1), nn.Flatten(0)]
+    return nn.Sequential(*g), nn.Sequential(*d)
+
+
+def build(cfg):
+    """G: (B, Z) -> (B, C, H, W) in [-1, 1] and D: (B, C, H, W) -> (B,), from cfg's model, arch,
+    size, channels, z_dim, width, norm_d and init_d. Raises UserError for a size no pair is defined at."""
+    if cfg.size < 8 or cfg.size & (cfg.size - 1):
+        raise UserError(f"--size {cfg.size}: the networks need a power of two of at least 8")
+    shape = (cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.norm_d)
+    if cfg.arch == "resnet":
+        return resnet_pair(*shape)
+    return dcgan_pair(*shape, cfg.init_d, sagan=cfg.model == "sagan")
+
+
+# ----------------------------------------------------------------------------------- losses
+
+# Per-sample terms to minimise: D's on reals and on negatives (-f1 and -f2 of eq. (1)), and G's.
+LOSSES = {
+    "wgan": (lambda d: -d, lambda d: d, lambda d: -d),
+    "lsgan": (lambda d: (d - 1) ** 2, lambda d: d ** 2, lambda d: (d - 1) ** 2),
+    "hinge": (lambda d: F.relu(1 - d), lambda d: F.relu(1 + d), lambda d: -d),
+    "ns": (lambda d: F.softplus(-d), F.softplus, lambda d: F.softplus(-d)),  # non-saturating
+}
+
+
+def gradient_penalty(D, x_real, x_neg, gen=None):
+    """Mean of (|grad D| - 1)^2 at random points between pairs, Gulrajani et al. (2017), eq. 3.
+
+    x_real, x_neg (B, C, H, W) -> scalar with a graph, ready to be added to D's loss.
+    """
+    eps = torch.rand(len(x_real), 1, 1, 1, generator=gen, device=x_real.device)
+    x_hat = torch.lerp(x_real, x_neg, eps).requires_grad_()
+    grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
+    return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+# ------------------------------------------------------------------------------- regularizers
+# Pure functions of tensors: copy them into any GAN.
+
+
+def pixel_average(x):
+    """Average of every image with a different one of the batch, eq. (12).
+
+    x (B, ...), B >= 2, in random order -> same shape: row i is (x_i + x_{i-1}) / 2.
+    """
+    if len(x) < 2:
+        raise ValueError("pixel_average needs at least two images: each is paired with another")
+    return (x + x.roll(1, 0)) / 2
+
+
+def pixel_and(x, y):
+    """Pixel-wise AND of two batches, lit where both are: the minimum, also for grey values."""
+    return torch.minimum(x, y)
+
+
+def pixel_or(x, y):
+    """Pixel-wise OR of two batches, lit where either is: the maximum, also for grey values."""
+    return torch.maximum(x, y)
+
+
+def pcr_loss(loss_real, loss_fake, loss_comb, comb_weight=0.5):
+    """D's loss under Pixel-wise Combination Regularization, eq. (13).
+
+    Takes D's per-sample losses on reals, fakes and combinations, each (B,), whatever the GAN's
+    loss is; half of the negative weight (`comb_weight`) goes to the combinations. -> scalar
+    """
+    negative = (1 - comb_weight) * loss_fake.mean() + comb_weight * loss_comb.mean()
+    return loss_real.mean() + negative
+
+
+def sample_correction(x_fake, realism, threshold, n_keep=None):
+    """Sample Correction (Section 5.1): take realistic fakes out of D's negative batch.
+
+    x_fake (M, ...); realism (M,), higher is more realistic; a fake is realistic above `threshold`.
+    n_keep None discards: returns x_fake and weights (M,) that are 0 on realistic fakes and of
+    mean 1 over the batch, so that (weight * loss).mean() is the mean over the kept ones (0 if
+    none is left). n_keep B <= M replaces: the first B are the batch, the rest are spares; a
+    realistic fake makes way for the least realistic spare; returns (B, ...) and weights of 1.
+    Shapes are fixed and nothing is read back to the host.
+    """
+    realistic = realism > threshold
+    if n_keep is None:
+        keep = (~realistic).float()
+        return x_fake, keep * (len(keep) / keep.sum().clamp(min=1))
+    spare = torch.arange(len(x_fake), device=x_fake.device) >= n_keep
+    key = torch.where(realistic | spare, realism.float(), -torch.inf)   # -inf: stays in any case
+    chosen = key.topk(n_keep, largest=False).indices
+    return x_fake[chosen], torch.ones_like(key[:n_keep])
+
+
+# ------------------------------------------------------------------------------------ trainer
+
+
+def to_float(x):
+    """uint8 [0, 255] -> float32 [-1, 1], same shape."""
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float [-1, 1] -> uint8 [0, 255], rounded; the inverse of to_float."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def generate(G, n, z_dim, seed=0, batch=256):
+    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, always the same z.
+
+    UNSPECIFIED: G's batch norm while scoring. Running statistics, so that an image depends on its
+    own z alone.
+    """
+    device = next(G.parameters()).device
+    gen, training = generator(seed, device), G.training
+    G.eval()
+    for i in range(0, n, batch):
+        yield to_uint8(G(torch.randn(min(batch, n - i), z_dim, generator=gen, device=device)))
+    G.train(training)
+
+
+class Trainer:
+    """G, D, their Adams, and one update of each: the step that every script runs.
+
+    data: uint8 (N, C, H, W). `combine(trainer, x_real) -> x_comb (B, C, H, W)` gives the extra
+    negatives of eq. (13), None for none. `correct(trainer, x_fake) -> (x_fake, weight (B,))` is
+    Sample Correction, None for none. Raises UserError if the batch is larger than the data.
+    """
+
+    METRICS = ("d_loss", "g_loss", "d_real", "d_fake", "d_comb", "gp", "kept", "d_grad", "g_grad")
+
+    def __init__(self, cfg, data, device, combine=None, correct=None):
+        if cfg.batch > len(data):
+            raise UserError(f"--batch {cfg.batch}: only {len(data)} training images")
+        self.cfg, self.device, self.combine, self.correct = cfg, device, combine, correct
+        self.data = data.to(device)
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            self.G, self.D = (net.to(device, memory_format=torch.channels_last)
+                              for net in build(cfg))
+        self.G_ema = copy.deepcopy(self.G).requires_grad_(False) if cfg.ema_beta else None
+        self.opt_g, self.opt_d = (
+            torch.optim.Adam(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
+            for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
+        self.gen = generator(cfg.seed, device)
+        self.on_real, self.on_fake, self.for_g = LOSSES[cfg.loss]
+        self.step = self.d_steps = 0
+
+    def images(self, index, data=None):
+        """Rows `index` (B,) of the training data, or of `data`, -> (B, C, H, W) in [-1, 1]."""
+        x = to_float((self.data if data is None else data)[index])
+        if self.cfg.flip:
+            mirror = torch.rand(len(x), 1, 1, 1, generator=self.gen, device=self.device) < 0.5
+            x = torch.where(mirror, x.flip(3), x)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def real(self):
+        """A batch of training images."""
+        # UNSPECIFIED: how batches are drawn. Without replacement within a batch (so that PCR never
+        # pairs an image with itself), afresh for each batch.
+        keys = torch.rand(len(self.data), generator=self.gen, device=self.device)
+        return self.images(keys.topk(self.cfg.batch).indices)
+
+    def latent(self, n):
+        """z ~ N(0, I), (n, Z)."""
+        return torch.randn(n, self.cfg.z_dim, generator=self.gen, device=self.device)
+
+    def fake(self, n=None):
+        """Images of G for fresh latents, (n or B, C, H, W)."""
+        return self.G(self.latent(n or self.cfg.batch))
+
+    def d_update(self):
+        """One update of D -> (d_loss, d_real, d_fake, d_comb, gp, kept, d_grad), 0-d tensors."""
+        cfg, D = self.cfg, self.D
+        x_real = self.real()
+        with torch.no_grad():
+            x_fake, weight, x_comb = self.fake(), None, None
+            if self.correct:
+                x_fake, weight = self.correct(self, x_fake)
+            if self.combine:
+                x_comb = self.combine(self, x_real)
+        # UNSPECIFIED: batch norm in D. Each kind of image is normalised by itself, as in DCGAN.
+        d_real, d_fake = D(x_real), D(x_fake)
+        loss_fake = self.on_fake(d_fake) if weight is None else weight * self.on_fake(d_fake)
+        gp = d_comb = d_real.new_zeros(1)
+        if x_comb is None:
+            d_loss = self.on_real(d_real).mean() + loss_fake.mean()
+        else:
+            d_comb = D(x_comb)
+            d_loss = pcr_loss(self.on_real(d_real), loss_fake, self.on_fake(d_comb),
+                              cfg.comb_weight)
+        if cfg.gp_weight:
+            x_neg = x_fake
+            if cfg.gp_comb and x_comb is not None:
+                # UNSPECIFIED: whether the penalty reaches the combinations. By default it does
+                # not; with --gp-comb half of its lines end in a combination.
+                x_neg = torch.cat([x_comb[::2], x_fake[1::2]])
+            gp = gradient_penalty(D, x_real, x_neg, self.gen)
+            d_loss = d_loss + cfg.gp_weight * gp
+        self.opt_d.zero_grad()
+        d_loss.backward()
+        self.opt_d.step()
+        self.d_steps += 1
+        kept = d_loss.new_ones(()) if weight is None else (weight > 0).float().mean()
+        return (d_loss, d_real.mean(), d_fake.mean(), d_comb.mean(), gp.mean(), kept,
+                grad_norm(D))
+
+    def g_update(self):
+        """One update of G (and of its average) -> (g_loss, g_grad), 0-d tensors."""
+        g_loss = self.for_g(self.D(self.fake())).mean()
+        self.opt_g.zero_grad()
+        g_loss.backward(inputs=list(self.G.parameters()))
+        self.opt_g.step()
+        self.step += 1
+        if self.G_ema is not None:
+            with torch.no_grad():  # weights are averaged, batch-norm statistics copied
+                torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()),
+                                     1 - self.cfg.ema_beta)
+                for mean, now in zip(self.G_ema.buffers(), self.G.buffers()):
+                    mean.copy_(now)
+        return g_loss, grad_norm(self.G)
+
+    def update(self):
+        """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
+        for _ in range(self.cfg.n_dis):
+            d_loss, *d_rest = self.d_update()
+        g_loss, g_grad = self.g_update()
+        return torch.stack([d_loss, g_loss, *d_rest, g_grad]).detach()
+
+    def state(self):
+        """Everything a resumed run needs, as plain tensors, numbers and strings."""
+        nets = {k: getattr(self, k).state_dict() for k in ("G", "D", "opt_g", "opt_d")}
+        return {**nets, "G_ema": self.G_ema.state_dict() if self.G_ema is not None else None,
+                "step": self.step, "d_steps": self.d_steps, "rng": self.gen.get_state(),
+                "config": plain(self.cfg)}
+
+    def load(self, state):
+        for k in ("G", "D", "opt_g", "opt_d"):
+            getattr(self, k).load_state_dict(state[k])
+        if self.G_ema is not None:
+            self.G_ema.load_state_dict(state["G_ema"])
+        self.step, self.d_steps = state["step"], state["d_steps"]
+        self.gen.set_state(state["rng"].cpu())
+
+
+def grad_norm(net):
+    return torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+
+
+def read_checkpoint(path):
+    """The dict of a ckpt.pt, opened without running code; UserError if it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["G"], state["config"]["model"]
+        return state
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # torch raises nearly anything on a broken file
+        raise UserError(f"{path} is no checkpoint of this project ({type(error).__name__})") \
+            from None
+
+
+def sample_checkpoint(path, n, out, device):
+    """Draw n images from a checkpoint's G (its average, if kept) into the picture `out`."""
+    state = read_checkpoint(path)
+    cfg = argparse.Namespace(**state["config"])
+    G = build(cfg)[0].to(device)
+    G.load_state_dict(state["G_ema"] or state["G"])
+    save_grid(torch.cat(list(generate(G, n, cfg.z_dim))), out)
+    print(out)
+    return {"out": str(out), "n": n, "step": state["step"]}
+
+
+def fit(trainer, folder, evaluate=None, best="fid"):
+    """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
+
+    evaluate(trainer) -> dict of numbers, called every eval_every updates; the state of the lowest
+    `best` so far is kept as best.pt. Raises UserError at the first metric that is not finite. A
+    first Ctrl-C or SIGTERM finishes the update, saves, and exits 130 or 143.
+    """
+    cfg, ckpt, metrics = trainer.cfg, folder / "ckpt.pt", folder / "metrics.jsonl"
+    log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
+    if ckpt.exists():
+        state = read_checkpoint(ckpt)
+        trainer.load(state)
+        log[:len(state["log"])] = state["log"].to(log)
+    rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
+    with atomic(metrics) as tmp:
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    scores = {k: v for r in rows if best in r for k, v in r.items()}
+    lowest = min((r[best] for r in rows if best in r), default=math.inf)
+    first, start = trainer.step, time.time()
+
+    def save(path):
+        with atomic(path) as tmp:
+            torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, tmp)
+
+    def write(row):
+        with open(metrics, "a") as f:
+            f.write(json.dumps({"step": trainer.step, "d_steps": trainer.d_steps, **row}) + "\n")
+
+    def due(every):
+        return trainer.step % every == 0 or trainer.step == cfg.steps
+
+    with stop_signals() as caught, tqdm(
+            total=cfg.steps, initial=first, desc=folder.name, unit="step", disable=None,
+            leave=False, smoothing=0.1) as bar:
+        while trainer.step < cfg.steps:
+            log[trainer.step % cfg.log_every] = trainer.update()
+            bar.update()
+            if not (caught or any(due(getattr(cfg, f"{what}_every"))
+                                  for what in ("log", "eval", "sample", "ckpt"))):
+                continue
+            window = log[:(trainer.step - 1) % cfg.log_every + 1].cpu()  # the only host copy
+            bad = (~window.isfinite()).any(1).nonzero()
+            if len(bad):
+                at = trainer.step - len(window) + 1 + bad[0].item()
+                names = [k for k, v in zip(trainer.METRICS, window[bad[0, 0]]) if not v.isfinite()]
+                kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "no checkpoint"
+                raise UserError(f"{', '.join(names)} not finite at step {at} of {folder}; {kept}")
+            if due(cfg.log_every):
+                row = dict(zip(trainer.METRICS, window.double().mean(0).tolist()))
+                write(row)
+                show(bar, folder.name, trainer, row, scores,
+                     (trainer.step - first) / (time.time() - start))
+            if evaluate and due(cfg.eval_every):
+                scores = evaluate(trainer)
+                write(scores)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in scores.items() if k == best})
+                if scores.get(best, math.inf) < lowest:
+                    lowest = scores[best]
+                    save(folder / "best.pt")
+            if due(cfg.sample_every):
+                G = trainer.G_ema or trainer.G
+                save_grid(torch.cat(list(generate(G, 64, cfg.z_dim, seed=1))),
+                          folder / "samples" / f"{trainer.step:07d}.png")
+            if caught or due(cfg.ckpt_every):
+                save(ckpt)
+            if caught:
+                raise SystemExit(128 + caught[0])
+
+
+def show(bar, name, trainer, row, scores, rate):
+    """One aligned line for a log, above the progress bar where there is one."""
+    left = (trainer.cfg.steps - trainer.step) / rate
+    numbers = "  ".join(f"{k} {v:8.3f}" for k, v in row.items() if k in ("d_loss", "g_loss"))
+    latest = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float))
+    bar.write(f"{name}  step {trainer.step:6d}  d_steps {trainer.d_steps:6d}  {numbers}  "
+              f"{rate:6.2f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {latest}",
+              file=sys.stdout)
+
+
+# ------------------------------------------------------------------------------------ figures
+
+# One colour and dash for each arm everywhere, told apart in greyscale too (Okabe and Ito 2008).
+STYLE = {
+    "vanilla": {"color": "#000000", "ls": "-"}, "pcr": {"color": "#D55E00", "ls": "--"},
+    "sc": {"color": "#0072B2", "ls": "-."}, "sc+pcr": {"color": "#009E73", "ls": (0, (5, 1))},
+    "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
+}
+
+
+def grid(images, columns=None, pad=1):
+    """uint8 (N, C, H, W) -> uint8 array (rows, columns, 3) of all images in a grid."""
+    images = images.cpu()
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = torch.full((rows * columns, 3, h + pad, w + pad), 128, dtype=torch.uint8)
+    canvas[:n, :, :h, :w] = images
+    canvas = canvas.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return canvas[:-pad, :-pad].numpy() if pad else canvas.numpy()
+
+
+def frame(images, colours, width=2):
+    """uint8 (N, C, H, W) and colours (N, 3) -> (N, 3, H + 2 width, W + 2 width), framed."""
+    out = torch.as_tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(
+        1, 1, *(s + 2 * width for s in images.shape[2:]))
+    out[:, :, width:-width, width:-width] = torch.as_tensor(images)
+    return out
+
+
+def save_grid(images, path, columns=None, least=256):
+    """Write a grid as an image file, enlarged by a whole factor to at least `least` px across."""
+    picture = Image.fromarray(grid(images, columns))
+    factor = max(1, math.ceil(least / picture.width))
+    picture = picture.resize((picture.width * factor, picture.height * factor), 0)
+    with atomic(path) as tmp:
+        picture.save(tmp)
+
+
+def band(ax, curves, label, **style):
+    """Mean over seeds as a line and their range as a band; curves: a list of (x, y) lists."""
+    shared = sorted(set.intersection(*(set(x) for x, _ in curves)))
+    ys = np.array([[dict(zip(x, y))[s] for s in shared] for x, y in curves])
+    line, = ax.plot(shared, ys.mean(0), label=label, **style)
+    if len(curves) > 1:
+        ax.fill_between(shared, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2, lw=0)
+
+
+def save_figure(fig, folder):
+    """Write figure.png and say where it and result.json are: the last two lines of a script."""
+    with atomic(folder / "figure.png") as tmp:
+        fig.savefig(tmp, dpi=150, bbox_inches="tight")
+    print(folder / "result.json", folder / "figure.png", sep="\n")

@@ -1,0 +1,1146 @@
+"""All tests: `pytest test_all.py`. No network. Tests on real images and published weights run where
+GAN_DATA names a folder that holds them, and are skipped elsewhere."""
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage, stats
+from scipy.linalg import sqrtm
+
+import core
+import data
+import exp_pcr_natural
+import fid
+import geometry
+from core import UserError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def real_data():
+    folder = Path(os.environ.get("GAN_DATA", "data"))
+    if not (folder / "inception" / "reference_features.npz").exists():
+        pytest.skip("needs real images and Inception weights: set GAN_DATA to their folder")
+    return folder
+
+
+def config(**changes):
+    """A tiny training configuration."""
+    return argparse.Namespace(**{**dict(
+        model="wgangp", arch="dcgan", size=8, channels=1, z_dim=4, width=4, norm_d="none", init_d="he",
+        loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2, beta1=0.5, beta2=0.9,
+        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, ema_beta=0.9, seed=0,
+        log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
+
+
+def tiny_data(n=16, size=8):
+    return torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
+
+
+def run_script(name, *args, cwd=None):
+    return subprocess.run([sys.executable, HERE / name, *map(str, args)], capture_output=True,
+                          text=True, cwd=cwd, timeout=300)
+
+
+def one_line(result):
+    """The error of a command that ended as a user's mistake should."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("model, arch", [("wgangp", "dcgan"), ("wgangp", "resnet"),
+                                         ("lsgan", "dcgan"), ("sagan", "dcgan")])
+def test_networks_have_the_right_shapes(model, arch, size, channels):
+    cfg = config(model=model, arch=arch, size=size, channels=channels, width=8,
+                 norm_d="batch" if model == "lsgan" else "none")
+    G, D = core.build(cfg)
+    x = G(torch.randn(2, cfg.z_dim))
+    assert x.shape == (2, channels, size, size) and x.abs().max() <= 1
+    assert D(x).shape == (2,)
+    spectral = sum("parametrizations" in k for k in {**G.state_dict(), **D.state_dict()})
+    assert (spectral > 0) == (model == "sagan")
+
+
+def test_published_channel_counts():
+    G, D = core.build(config(size=64, channels=3, width=64, z_dim=128))
+    g = [m.out_channels for m in G if isinstance(m, torch.nn.ConvTranspose2d)]
+    d = [m.out_channels for m in D if isinstance(m, torch.nn.Conv2d)]
+    assert G[0].out_features == 512 * 16 and g == [256, 128, 64, 3] and d == [64, 128, 256, 512]
+
+
+def test_size_without_networks_is_refused():
+    with pytest.raises(UserError, match="power of two"):
+        core.build(config(size=48))
+
+
+def test_attention_starts_as_identity_and_learns():
+    layer = core.Attention(16)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(layer(x), x)
+    with torch.no_grad():
+        layer.gain.fill_(1.0)
+    assert layer(x).shape == x.shape and not torch.allclose(layer(x), x)
+
+
+# ------------------------------------------------------------------- losses and regularizers
+
+
+def test_losses_by_hand():
+    d = torch.tensor([-2.0, 0.5])
+    expected = {"wgan": ([2, -0.5], [-2, 0.5], [2, -0.5]),
+                "lsgan": ([9, 0.25], [4, 0.25], [9, 0.25]),
+                "hinge": ([3, 0.5], [0, 1.5], [2, -0.5]),
+                "ns": (-torch.sigmoid(d).log(), -(1 - torch.sigmoid(d)).log(),
+                       -torch.sigmoid(d).log())}
+    for name, values in expected.items():
+        for term, value in zip(core.LOSSES[name], values):
+            torch.testing.assert_close(term(d), torch.as_tensor(value))
+
+
+def test_gradient_penalty_of_a_linear_critic():
+    w = torch.zeros(1, 4, 4)
+    w[0, 0, :2] = torch.tensor([3.0, 4.0])                              # |w| = 5
+    x, y = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4)
+    torch.testing.assert_close(core.gradient_penalty(lambda x: (x * w).sum((1, 2, 3)), x, y),
+                               torch.tensor(16.0))
+
+
+def test_pixel_combinations():
+    x = torch.randn(5, 1, 2, 2)
+    pairs = [(core.pixel_average(x)[i] - (x[i] + x[j]) / 2).abs().max() < 1e-6
+             for i in range(5) for j in range(5)]
+    assert sum(pairs) == 5 and not any(pairs[::6])                      # one partner, not itself
+    with pytest.raises(ValueError, match="two images"):
+        core.pixel_average(x[:1])
+    a, b = torch.tensor([-1., -1, 1, 1]), torch.tensor([-1., 1, -1, 1])
+    assert core.pixel_and(a, b).tolist() == [-1, -1, -1, 1]
+    assert core.pixel_or(a, b).tolist() == [-1, 1, 1, 1]
+
+
+def test_pcr_loss_is_eq_13():
+    real, fake, comb = torch.tensor([1., 3]), torch.tensor([2., 4]), torch.tensor([10., 20])
+    assert core.pcr_loss(real, fake, comb).item() == 2 + (3 + 15) / 2
+    assert core.pcr_loss(real, fake, comb, comb_weight=0.25).item() == 2 + 0.75 * 3 + 0.25 * 15
+
+
+def test_sample_correction_by_hand():
+    x, realism = torch.arange(6.).view(6, 1), torch.tensor([0.0, 1.0, 0.2, 0.9, 0.8, 0.1])
+    same, weight = core.sample_correction(x, realism, 0.5)
+    assert torch.equal(same, x) and weight.tolist() == [2, 0, 2, 0, 0, 2]
+    assert core.sample_correction(x, torch.ones(6), 0.5)[1].tolist() == [0] * 6
+    replaced, weight = core.sample_correction(x, realism, 0.5, n_keep=4)
+    assert sorted(replaced.flatten().tolist()) == [0, 2, 4, 5]          # 1 and 3 made way for 4, 5
+    assert weight.tolist() == [1] * 4
+    untouched, _ = core.sample_correction(x, -realism, 0.5, n_keep=4)
+    assert sorted(untouched.flatten().tolist()) == [0, 1, 2, 3]
+
+
+def test_readme_lines_added_to_a_strangers_gan():
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"<!-- tested -->\n```python\n(.*?)```", readme, re.S)[1]
+    D = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
+    x_real, x_fake = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4)
+    names = {"D": D, "x_real": x_real, "x_fake": x_fake, "F": F,
+             "is_realistic": lambda x: x.mean((1, 2, 3)) > 0}
+    exec(code, names)
+    f = F.softplus
+    keep = (x_fake.mean((1, 2, 3)) <= 0).float()
+    expected = (f(-D(x_real)).mean() + 0.5 * (keep * f(D(x_fake)).flatten()).sum() / keep.sum()
+                + 0.5 * f(D((x_real + x_real.roll(1, 0)) / 2)).mean())
+    torch.testing.assert_close(names["d_loss"], expected)
+    names["d_loss"].backward()
+
+
+# ------------------------------------------------------------------------------------ trainer
+
+
+def flat(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+
+
+@pytest.mark.parametrize("model, loss", [("wgangp", "wgan"), ("lsgan", "lsgan"),
+                                         ("sagan", "hinge")])
+def test_each_update_moves_its_own_network(model, loss):
+    trainer = core.Trainer(config(model=model, loss=loss, size=16), tiny_data(size=16),
+                           torch.device("cpu"), combine=lambda t, x: core.pixel_average(x))
+    g, d = flat(trainer.G), flat(trainer.D)
+    trainer.d_update()
+    assert torch.equal(flat(trainer.G), g) and not torch.equal(flat(trainer.D), d)
+    d = flat(trainer.D)
+    trainer.g_update()
+    assert torch.equal(flat(trainer.D), d) and not torch.equal(flat(trainer.G), g)
+    assert (trainer.step, trainer.d_steps) == (1, 1)
+    mean, now = flat(trainer.G_ema), flat(trainer.G)
+    torch.testing.assert_close(mean, 0.9 * g + 0.1 * now)
+
+
+def test_d_loss_is_the_formula():
+    cfg = config(gp_weight=0.0, loss="ns", flip=False)
+    hooks = dict(combine=lambda t, x: x * 0 + 0.5, correct=lambda t, x: core.sample_correction(
+        x, torch.tensor([1., 0, 0, 1]), 0.5))
+    trainer = core.Trainer(cfg, tiny_data(), torch.device("cpu"), **hooks)
+    twin = core.Trainer(cfg, tiny_data(), torch.device("cpu"))
+    d_loss, *_, kept, _ = trainer.d_update()
+    x_real, x_fake = twin.real(), twin.fake().detach()
+    f = F.softplus
+    expected = (f(-twin.D(x_real)).mean() + 0.5 * f(twin.D(x_fake))[1:3].mean()
+                + 0.5 * f(twin.D(x_real * 0 + 0.5)).mean())
+    torch.testing.assert_close(d_loss, expected)
+    assert kept == 0.5
+
+
+def test_batches_are_drawn_without_replacement_and_cover_the_data():
+    images = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 1, 8, 8)
+    trainer = core.Trainer(config(flip=False), images, torch.device("cpu"))
+    batches = [((trainer.real()[:, 0, 0, 0] + 1) * 127.5).round().tolist() for _ in range(50)]
+    assert all(len(set(b)) == 4 for b in batches) and len({v for b in batches for v in b}) == 16
+
+
+def test_uint8_round_trip_and_generation_leaves_training_alone():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(core.to_uint8(core.to_float(x)), x)
+    G, _ = core.build(config())
+    G.train()
+    before = {k: v.clone() for k, v in G.state_dict().items()}
+    a = torch.cat(list(core.generate(G, 5, 4, batch=2)))
+    b = torch.cat(list(core.generate(G, 5, 4, batch=5)))
+    assert a.shape == (5, 1, 8, 8) and a.dtype == torch.uint8 and G.training
+    assert (a.int() - b.int()).abs().max() <= 1
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
+
+
+def test_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UserError, match="--batch 17"):
+        core.Trainer(config(batch=17), tiny_data(16), torch.device("cpu"))
+
+
+def fit(folder, evaluate=None, **changes):
+    trainer = core.Trainer(config(**changes), tiny_data(), torch.device("cpu"),
+                           combine=lambda t, x: core.pixel_average(x))
+    core.fit(trainer, core.open_run(folder, trainer.cfg, resume=True), evaluate)
+    return trainer
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_and_resume_is_bit_for_bit(tmp_path, number, code):
+    def score(trainer):
+        return {"fid": float(flat(trainer.G).abs().sum())}
+
+    def stop(trainer):
+        if trainer.step == 3:
+            os.kill(os.getpid(), number)
+        return score(trainer)
+
+    whole = fit(tmp_path / "whole", score)
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path / "cut", stop)
+    assert stopped.value.code == code
+    cut = core.read_checkpoint(tmp_path / "cut" / "ckpt.pt")
+    assert (cut["step"], cut["d_steps"]) == (3, 6)
+    resumed = fit(tmp_path / "cut", score)
+    for name in ("G", "D", "G_ema"):
+        a, b = (getattr(t, name).state_dict() for t in (whole, resumed))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    rows = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
+    assert rows[0] == rows[1] and rows[0].count("fid") == 2
+
+
+def test_checkpoint_is_plain_and_can_be_sampled(tmp_path):
+    fit(tmp_path)
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert {"G", "D", "G_ema", "opt_g", "opt_d", "step", "d_steps", "rng", "config"} <= set(state)
+    core.sample_checkpoint(tmp_path / "ckpt.pt", 9, tmp_path / "grid.png", torch.device("cpu"))
+    assert Image.open(tmp_path / "grid.png").width >= 256
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="no checkpoint"):
+        core.read_checkpoint(tmp_path / "bad.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    fit(tmp_path, steps=3)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    trainer = core.Trainer(config(steps=6), tiny_data(), torch.device("cpu"))
+    update = trainer.update
+    trainer.update = lambda: update() * (torch.nan if trainer.step == 4 else 1)
+    with pytest.raises(UserError, match=r"d_loss.* not finite at step 5 of .*ckpt.pt"):
+        core.fit(trainer, tmp_path)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_another_configuration_is_not_resumed(tmp_path):
+    fit(tmp_path, steps=3)
+    with pytest.raises(UserError, match="lr_g was 0.01, is 0.5"):
+        fit(tmp_path, lr_g=0.5)
+    with pytest.raises(UserError, match="--resume"):
+        core.open_run(tmp_path, config(), resume=False)
+
+
+def test_failed_writes_leave_the_old_file(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(ZeroDivisionError), core.atomic(tmp_path / "a.json") as tmp:
+        tmp.write_text("half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_mixup_law():
+    x = torch.eye(2000)[:, :1].clone()                                  # x_0 = 1, the rest 0
+    weight = torch.stack([exp_pcr_natural.mixup(x, core.generator(s, "cpu"))[1, 0]
+                          for s in range(300)])                         # partner's Beta weight
+    assert abs(weight.mean() - 0.5) < 0.015 and abs(weight.var() - 0.25 / 51) < 0.0015
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(url, timeout=None):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+
+
+def cifar_records(n):
+    rng = np.random.default_rng(n)
+    return rng.integers(0, 256, (n, 3073), dtype=np.uint8)
+
+
+def make_cifar(folder):
+    folder.mkdir(parents=True)
+    parts = {}
+    for i, name in enumerate(data.CIFAR_FILES["train"] + data.CIFAR_FILES["test"]):
+        parts[name] = np.roll(cifar_records(10000), i, 0)
+        parts[name].tofile(folder / name)
+    return parts
+
+
+def test_cifar10_binary_layout(tmp_path, monkeypatch, no_network):
+    parts = make_cifar(tmp_path / "cifar-10-batches-bin")
+    images = data.load("cifar10", data_dir=tmp_path)
+    assert images.shape == (50000, 3, 32, 32) and images.dtype == torch.uint8
+    row = parts["data_batch_3.bin"][7]
+    assert np.array_equal(images[20007].numpy(), row[1:].reshape(3, 32, 32))
+    assert len(data.load("cifar10", data_dir=tmp_path, split="test")) == 10000
+    # the same from the archive, whose checksum is asked for
+    archive = tmp_path / "b" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    with pytest.raises(UserError, match="md5 is .* should be c32a1d4a"):
+        data.load("cifar10", data_dir=archive.parent)
+    import hashlib
+    monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert torch.equal(data.load("cifar10", data_dir=archive.parent), images)
+    with open(tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin", "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(UserError, match="data_batch_2.bin has 1000 bytes, should have 30730000"):
+        data.load("cifar10", data_dir=tmp_path)
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin").unlink()
+    with pytest.raises(UserError, match="lacks data_batch_2.bin"):
+        data.load("cifar10", data_dir=tmp_path)
+
+
+def test_missing_data_says_what_goes_where(tmp_path, no_network):
+    with pytest.raises(UserError, match=r"put it at .*cifar-10-binary.tar.gz"):
+        data.load("cifar10", data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    for name, wanted in (("celeba", "img_align_celeba"), ("imagenet", "imagenet/val")):
+        with pytest.raises(UserError, match=wanted):
+            data.load(name, data_dir=tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        data.load(str(tmp_path / "nowhere"))
+
+
+def test_download_checks_what_it_got(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"hello"))
+    good = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    data.download("http://x/hello", tmp_path / "a", sha256=good)
+    assert (tmp_path / "a").read_bytes() == b"hello"
+    with pytest.raises(UserError, match="sha256 is 2cf24dba"):
+        data.download("http://x/hello", tmp_path / "b", sha256="00" * 32)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def picture_folder(folder):
+    """Ten images of every mode and several shapes, all a plain mid-red."""
+    folder.mkdir(parents=True, exist_ok=True)
+    red = Image.new("RGB", (40, 30), (200, 100, 100))
+    for i, (mode, suffix) in enumerate([("RGB", "png"), ("L", "png"), ("P", "png"), ("RGBA", "png"),
+                                        ("CMYK", "jpg"), ("1", "png"), ("RGB", "jpg"),
+                                        ("LA", "png"), ("RGB", "webp"), ("RGB", "bmp")]):
+        red.convert(mode).save(folder / f"{i}.{suffix}")
+    return folder
+
+
+def test_any_folder_or_zip(tmp_path):
+    folder = picture_folder(tmp_path / "pics" / "deep")
+    (tmp_path / "pics" / "notes.txt").write_text("not an image")
+    images = data.load(str(tmp_path / "pics"), 16, tmp_path, "all")
+    assert images.shape == (10, 3, 16, 16)
+    means = images.float().mean((2, 3))
+    for i in (0, 2, 3, 4, 6, 8, 9):                                     # the coloured ones
+        assert (means[i] - torch.tensor([200., 100, 100])).abs().max() < 12
+    for i in (1, 5, 7):                                                 # grey: three equal channels
+        assert (means[i] - means[i].mean()).abs().max() == 0
+    with zipfile.ZipFile(tmp_path / "pics.zip", "w") as z:
+        for f in folder.iterdir():
+            z.write(f, f"deep/{f.name}")
+    assert torch.equal(data.load(str(tmp_path / "pics.zip"), 16, tmp_path, "all"), images)
+    assert len(data.load(str(tmp_path / "pics"), 16, tmp_path)) == 9
+    test = data.load(str(tmp_path / "pics"), 16, tmp_path, "test")
+    assert torch.equal(test, images[9:])
+    some = data.load(str(tmp_path / "pics"), 16, tmp_path, "all", n_train=4, seed=1)
+    assert torch.equal(some, data.load(str(tmp_path / "pics"), 16, tmp_path, "all", 4, 1))
+    with pytest.raises(UserError, match="--n-train 11"):
+        data.load(str(tmp_path / "pics"), 16, tmp_path, "all", n_train=11)
+
+
+def test_centre_crop(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    assert data.square(wide, 20, 1.0).min() == 255                      # the middle 20 x 20
+    half = data.square(wide, 20, 0.5)                                   # 30 wide, but only 20 high
+    assert half.min() == 255
+    tall = np.zeros((218, 178, 3), np.uint8)
+    tall[29:189, 9:169] = 255                                           # CelebA's 160 x 160
+    assert data.square(tall, 64, data.CROP["celeba"]).min() >= 250
+    small = np.asarray(Image.fromarray(tall).resize((89, 109), Image.Resampling.BOX))
+    assert data.square(small, 64, data.CROP["celeba"])[:, 2:-2, 2:-2].min() == 255
+
+
+def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
+    folder = picture_folder(tmp_path / "pics")
+    first = data.load(str(folder), 16, tmp_path, "all")
+    decoded = []
+    original = data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: decoded.append(a) or original(*a))
+    assert torch.equal(data.load(str(folder), 16, tmp_path, "all"), first) and not decoded
+    Image.new("RGB", (40, 30), (0, 0, 255)).save(folder / "0.png")
+    assert data.load(str(folder), 16, tmp_path, "all")[0, 2].min() == 255 and decoded
+    for cached in (tmp_path / "cache").iterdir():
+        cached.write_bytes(b"damaged")
+    assert data.load(str(folder), 16, tmp_path, "all").shape == first.shape
+
+
+def test_bad_images_are_named(tmp_path):
+    folder = picture_folder(tmp_path / "pics")
+    whole = (folder / "6.jpg").read_bytes()
+    for content, reason in [(whole[:len(whole) // 2], "truncated"), (b"", "cannot identify"),
+                            (b"plain text", "cannot identify")]:
+        (folder / "6.jpg").write_bytes(content)
+        with pytest.raises(UserError, match=rf"6\.jpg: not a readable image \(.*{reason}"):
+            data.load(str(folder), 16, tmp_path)
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "6.png")
+    (folder / "6.jpg").unlink()
+    with pytest.raises(UserError, match="6.png: I;16 pixels are not 8 bits"):
+        data.load(str(folder), 16, tmp_path)
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in it"):
+        data.load(str(tmp_path / "empty"))
+
+
+def test_real_sets_load(real_data):
+    images = data.load("cifar10", data_dir=real_data)
+    mean = images.double().mean((0, 2, 3)) / 255
+    assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465]).double(), atol=1e-4)
+    assert data.load("imagenet", 32, real_data, "all").shape == (1000, 3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------- fid
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uint8_images(n, channels=3, size=20, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, channels, size, size), generator=gen, dtype=torch.uint8)
+
+
+def random_weights(path, dims=64, seed=0, **changed):
+    """Save a random state dict of the network, with the given keys replaced (None: removed)."""
+    gen = torch.Generator().manual_seed(seed)
+    state = {k: (torch.randn(v.shape, generator=gen) * (2 / v[0].numel()) ** 0.5 if v.ndim > 1
+                 else torch.rand(v.shape, generator=gen) + 0.5)
+             for k, v in fid.Inception(dims=dims).state_dict().items() if v.ndim}
+    state |= {k.replace("__", "."): v for k, v in changed.items()}
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Arguments that make the command quick: random weights, 64 dimensions."""
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    return ["--weights", str(random_weights(tmp_path / "w.pth")), "--dims", "64",
+            "--device", "cpu"]
+
+
+def write_folder(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("dims", fid.DIMS)
+def test_features_agree_with_public_implementation(real_data, dims):
+    with np.load(real_data / "inception" / "reference_features.npz") as f:
+        images, want = torch.from_numpy(f["images"]).permute(0, 3, 1, 2), f[f"dims_{dims}"]
+    net = fid.load_inception(dims=dims, data_dir=real_data)
+    n = 24 if dims < 2048 else 6   # the deepest is slow, and contains the others
+    stats, got = fid.features(net, [images[:n]], keep=True)
+    assert np.abs(got.numpy() - want[:n]).max() < 1e-3
+    assert np.abs(got.mean(0).numpy() - want[:n].mean(0)).mean() < 1e-4 * want[:n].mean()
+    assert torch.allclose(stats.mean, got.double().mean(0))
+    assert net.weights_sha256 and not net.standard   # these weights are not the published file
+    assert net.label == ("FID*" if dims == 2048 else f"FD-{dims}")
+
+
+def test_features_do_not_depend_on_batch_size(real_data):
+    with np.load(real_data / "inception" / "reference_features.npz") as f:
+        images, want = torch.from_numpy(f["images"]).permute(0, 3, 1, 2), f["dims_64"]
+    net = fid.load_inception(dims=64, data_dir=real_data)
+    for size in (1, 7, 24):
+        got = fid.features(net, images.split(size), keep=True)[1]
+        assert np.abs(got.numpy() - want).max() < 1e-5
+
+
+def test_distance_closed_forms():
+    va, vb = randn(9).exp(), randn(9, seed=1).exp()
+    ma, mb = randn(9, seed=2), randn(9, seed=3)
+    want = (ma - mb).square().sum() + (va.sqrt() - vb.sqrt()).square().sum()
+    got = fid.frechet_distance(ma, va.diag(), mb, vb.diag())
+    assert got == pytest.approx(want.item(), rel=1e-10)
+    cov = randn(9, 9) @ randn(9, 9).T
+    got = fid.frechet_distance(ma, cov, mb, cov)   # equal covariances: the means alone
+    assert got == pytest.approx((ma - mb).square().sum().item(), rel=1e-6)
+    zero = torch.zeros(9, 9, dtype=torch.float64)
+    want = (ma - mb).square().sum() + cov.trace()
+    for pair in ((ma, zero, mb, cov), (ma, cov, mb, zero)):
+        assert fid.frechet_distance(*pair) == pytest.approx(want.item(), rel=1e-10)
+    # Rank 1: (u u^T v v^T)^1/2 has trace |u.v|.
+    u, v = randn(9, seed=4), randn(9, seed=5)
+    want = u.dot(u) + v.dot(v) - 2 * u.dot(v).abs()
+    got = fid.frechet_distance(ma, u.outer(u), ma, v.outer(v))
+    assert got == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_distance_against_scipy():
+    x, y = randn(200, 30) @ randn(30, 30, seed=1), randn(300, 30, seed=2) + 0.3
+    s, t = (np.cov(v.numpy().T) for v in (x, y))
+    want = (x.mean(0) - y.mean(0)).square().sum().item() + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    moments = (x.mean(0), s), (y.mean(0), t)
+    assert fid.frechet_distance(*moments[0], *moments[1]) == pytest.approx(want, rel=1e-9)
+    assert fid.frechet_distance(*moments[1], *moments[0]) == pytest.approx(want, rel=1e-9)
+    few = randn(20, 100)   # rank-deficient
+    same = few.mean(0), np.cov(few.numpy().T)
+    assert 0 <= fid.frechet_distance(*same, *same) < 1e-6 * np.trace(same[1])
+
+
+def test_statistics_stream_like_numpy():
+    x = randn(101, 7) * 3 + 1000   # a mean far from 0, which naive sums lose digits to
+    stats = fid.Statistics(7)
+    for chunk in x.split(13):
+        stats.add(chunk)
+    assert stats.n == 101
+    assert np.allclose(stats.mean, x.mean(0), rtol=1e-12)
+    assert np.allclose(stats.cov, np.cov(x.numpy().T), rtol=1e-9, atol=1e-10)
+    again = fid.Statistics.of(stats.mean, stats.cov, stats.n)
+    assert np.allclose(again.cov, stats.cov, rtol=1e-12)
+    same = fid.Statistics(7)
+    same.add(x[:1].repeat(5, 1))
+    assert (same.cov == 0).all()
+
+
+def test_statistics_refuse():
+    stats = fid.Statistics(3)
+    stats.add(torch.ones(1, 3))
+    with pytest.raises(UserError, match="1 image"):
+        stats.cov  # noqa: B018
+    with pytest.raises(UserError, match="images 1 to 4 "):
+        stats.add(torch.tensor([[0.0, 1, 2]] * 3 + [[0, torch.nan, 0]]))
+    assert stats.n == 1
+
+
+def test_resize():
+    x = uint8_images(2, 3, 11)[..., :7]
+    got, grid = fid.resized(x, "tf1"), x.double().numpy()
+    for i, j in ((0, 0), (17, 100), (150, 299 - 1), (298, 3)):
+        a, b = i * 11 / 299, j * 7 / 299
+        i0, j0 = int(a), int(b)
+        i1, j1, a, b = min(i0 + 1, 10), min(j0 + 1, 6), a - i0, b - j0
+        want = ((1 - a) * ((1 - b) * grid[..., i0, j0] + b * grid[..., i0, j1])
+                + a * ((1 - b) * grid[..., i1, j0] + b * grid[..., i1, j1]))
+        assert np.allclose(got[..., i, j], (want - 128) / 128, atol=1e-5)
+    want = torch.nn.functional.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
+    assert torch.allclose(fid.resized(x, "pytorch-fid"), want, atol=1e-6)
+    assert (got - want).abs().max() > 0.01   # the half pixel between the two
+
+
+def test_kid():
+    x, y = randn(6, 4).float(), randn(8, 4, seed=1).float() + 0.5
+
+    def k(a, b):
+        return (float(a.double() @ b.double()) / 4 + 1) ** 3
+
+    def mmd(x, y):
+        m = len(x)
+        pairs = [(i, j) for i in range(m) for j in range(m)]
+        within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j)
+        return within / (m * (m - 1)) - 2 * sum(k(x[i], y[j]) for i, j in pairs) / m ** 2
+
+    gen = torch.Generator().manual_seed(3)
+    values = [mmd(*(f[torch.randperm(len(f), generator=gen)[:3]] for f in (x, y)))
+              for _ in range(5)]
+    mean, std = fid.kid(x, y, subsets=5, subset_size=1000, seed=3)   # min(1000, 6 / 2) = 3
+    assert mean == pytest.approx(np.mean(values), rel=1e-5)
+    assert std == pytest.approx(np.std(values), rel=1e-5)
+    same = [fid.kid(randn(400, 4, seed=s).float(), randn(400, 4, seed=s + 50).float(), 20)[0]
+            for s in range(8)]
+    apart = fid.kid(randn(400, 4).float(), randn(400, 4, seed=1).float() + 0.5, 20)[0]
+    assert min(same) < 0 < max(same)   # unbiased: around 0, not above it
+    assert abs(np.mean(same)) < 0.05 < 0.5 < apart
+
+
+def test_precision_recall():
+    line = torch.tensor([[float(i), 0] for i in range(6)])   # the ball of each reaches a neighbour
+    fake = torch.tensor([[0.5, 0], [2.0, 0.9], [9, 0], [9, 0.1]])
+    precision, recall = fid.precision_recall(line, fake, k=1)
+    assert precision == 0.5                        # the two at 9 are outside
+    assert recall == pytest.approx(4 / 6)          # 0, 1, 2, 3: within sqrt(1.5^2 + .9^2) = 1.75
+    assert fid.precision_recall(line, line, k=1) == (1, 1)
+    assert fid.precision_recall(line, line + 100, k=1) == (0, 0)
+    x, y = randn(30, 5), randn(40, 5, seed=1)
+    assert fid.precision_recall(x, y) == fid.precision_recall(x, y, block=7)
+    with pytest.raises(UserError, match="more than 3"):
+        fid.precision_recall(x[:3], y)
+
+
+def test_rank_note():
+    assert fid.rank_note(65, 64) is None
+    assert "rank" in fid.rank_note(64, 64)
+
+
+def test_two_forms():
+    with torch.device("meta"):
+        one, two = fid.Inception("2015"), fid.Inception("torchvision")
+    names = {k for k, _ in one.named_parameters()}
+    assert names == {k for k, _ in two.named_parameters()} and len(names) == 94 * 3
+    assert sum(p.numel() for p in one.parameters()) == 21_785_568   # torchvision's, without heads
+    assert {"Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch5x5_2.bn.bias",
+            "Mixed_6a.branch3x3.conv.weight", "Mixed_6b.branch7x7dbl_5.conv.weight",
+            "Mixed_7a.branch7x7x3_4.conv.weight", "Mixed_7c.branch3x3dbl_3b.conv.weight",
+            "Mixed_7c.branch_pool.bn.weight"} <= names
+    assert one.Mixed_6c.branch7x7_2.conv.kernel_size == (1, 7)
+    assert one.Mixed_7b.branch3x3_2b.conv.kernel_size == (3, 1)
+    x = torch.ones(1, 8, 5, 5)
+    pools = {}
+    for pool in ("average", "average_valid", "max"):
+        block = fid.Mixed(8, {"branch_pool": []}, pool)
+        pools[pool] = block(x)[0, 0, 0, 0].item()
+    assert pools == {"average": pytest.approx(4 / 9), "average_valid": 1, "max": 1}
+    assert [(m.pool) for m in (one.Mixed_5b, one.Mixed_7b, one.Mixed_7c, two.Mixed_7c)] == \
+        ["average_valid", "average_valid", "max", "average"]
+    labels = {}
+    for form, dims in (("2015", 2048), ("torchvision", 2048), ("2015", 64), ("torchvision", 64)):
+        with torch.device("meta"):
+            net = fid.Inception(form, dims)
+        for sha256 in (fid.PUBLISHED["2015"][1], "0" * 64):
+            net.identify(sha256)
+            labels[net.id] = net.label
+            assert net.standard == (net.label == "FID")
+    assert list(labels.values()) == ["FID", "FID*", *["FID-tv"] * 2, *["FD-64"] * 2,
+                                     *["FD-64-tv"] * 2]   # eight ids, all different
+
+
+def test_forms_give_different_features(tmp_path):
+    path = random_weights(tmp_path / "w.pth", dims=768)
+    x = uint8_images(1)
+    one, two = (fid.load_inception(f, 768, path)(x) for f in ("2015", "torchvision"))
+    assert one.isfinite().all() and one.shape == (1, 768)
+    assert (one - two).abs().max() > 1e-3 * one.abs().max()
+
+
+@pytest.mark.parametrize("change", [{"features": "2014"}, {"dims": 100}, {"resize": "area"}])
+def test_inception_refuses_unknown_forms(change):
+    with pytest.raises(UserError, match="choose one"):
+        fid.Inception(**change)
+
+
+def test_load_is_frozen_folded_and_draws_nothing(tmp_path):
+    path = random_weights(tmp_path / "w.pth")
+    state = torch.get_rng_state()
+    net = fid.load_inception(dims=64, weights=path)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    plain = fid.Inception(dims=64).eval()
+    plain.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    x = uint8_images(2, 1)
+    assert torch.allclose(net(x), plain(x), rtol=1e-4)
+    assert torch.allclose(net(x), net(x.expand(-1, 3, -1, -1)), rtol=1e-5)   # grey is repeated
+    with pytest.raises(ValueError, match="uint8"):
+        net(x.float())
+
+
+@pytest.mark.parametrize("case", ["missing", "shape", "pickle", "text", "absent", "form"])
+def test_bad_weights(tmp_path, case, capsys):
+    path, key = tmp_path / "w.pth", "Conv2d_2b_3x3.bn.weight"
+    if case == "missing":
+        random_weights(path, Conv2d_2b_3x3__bn__weight=None)
+    elif case == "shape":
+        random_weights(path, Conv2d_2b_3x3__bn__weight=torch.ones(5))
+    elif case == "pickle":
+        torch.save({key: Path("x"), "f": print}, path)
+    elif case == "text":
+        path.write_text("<html>not found</html>")
+    elif case == "form":
+        random_weights(path, fc__weight=torch.zeros(1000, 8))
+    match = {"missing": key, "shape": key, "absent": "no such", "form": "1000"}.get(case, "state")
+    with pytest.raises(UserError, match=match) as caught:
+        fid.load_inception(dims=64, weights=path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_search_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    fetched = []
+    monkeypatch.setattr(data, "download", lambda url, path, sha256: fetched.append((url, path)))
+    folder = tmp_path / "inception"
+    assert fid.find_weights("2015", None, tmp_path) == fetched[0][1]
+    folder.mkdir()
+    for name in ("b.pth", "inception_v3_google-1.pth"):
+        (folder / name).touch()
+    assert fid.find_weights("2015", None, tmp_path).name == "b.pth"
+    assert fid.find_weights("torchvision", None, tmp_path).name == "inception_v3_google-1.pth"
+    published = folder / "pt_inception-2015-12-05-6726825d.pth"
+    published.touch()
+    (folder / "a.pth").touch()
+    assert fid.find_weights("2015", None, tmp_path) == published
+    monkeypatch.setenv("FID_WEIGHTS", str(folder / "a.pth"))
+    assert fid.find_weights("2015", None, tmp_path).name == "a.pth"
+    assert fid.find_weights("2015", folder / "b.pth", tmp_path).name == "b.pth"
+    assert len(fetched) == 1
+
+
+def test_reference_cache(tmp_path, monkeypatch):
+    net, images = fid.Pixels(4), uint8_images(30, 1, 8)
+    assert net.dims is None
+    stats, feats = fid.reference(net, images, tmp_path)
+    assert feats.shape == (30, 16) == (30, net.dims)
+    assert torch.allclose(feats[0, 0], images[0, 0, :2, :2].float().mean() / 255)
+    calls = []
+    compute = fid.features
+    monkeypatch.setattr(fid, "features", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    again, feats2 = fid.reference(net, images, tmp_path)
+    assert not calls and torch.equal(feats, feats2)
+    assert torch.allclose(again.cov, stats.cov)
+    changed = images.clone()
+    changed[29, 0, 7, 7] ^= 1
+    for other in ((net, changed), (fid.Pixels(2), images), (net, images.reshape(30, 1, 4, 16))):
+        calls.clear()
+        fid.reference(*other, tmp_path)
+        assert calls
+    for file in tmp_path.glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:200])
+    calls.clear()
+    assert torch.equal(fid.reference(net, images, tmp_path)[1], feats) and calls
+
+
+def test_score():
+    net, images = fid.Pixels(), uint8_images(40, 1, 8)
+    ref = fid.features(net, [images], keep=True)
+    row = fid.score(net, *ref, images.split(7), prc=True)
+    assert list(row) == ["fid", "n_fid", "kid", "kid_std", "precision", "recall"]
+    assert row["fid"] < 1e-6 and row["n_fid"] == 40 and row["precision"] == 1
+    far = fid.score(net, ref[0], None, [images // 4], with_kid=False)
+    assert set(far) == {"fid", "n_fid"} and far["fid"] > 1
+
+
+def test_command_sources_agree(tmp_path, tiny, capsys):
+    a, b = uint8_images(6), uint8_images(5, seed=1) // 2
+    folder, other = write_folder(tmp_path / "a", a), write_folder(tmp_path / "b", b)
+    np.save(tmp_path / "last.npy", a.permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / "first.npy", a.numpy())
+    stats = str(tmp_path / "a.npz")
+    fid.main([folder, "--save-stats", stats, *tiny])
+    want = fid.main([folder, other, "--batch", "4", *tiny])["fid"]
+    assert want > 0.01
+    for source in (tmp_path / "last.npy", tmp_path / "first.npy", stats):
+        assert fid.main([str(source), other, *tiny])["fid"] == pytest.approx(want, rel=1e-5)
+    assert fid.main([folder, folder, *tiny])["fid"] < 1e-6
+    assert fid.main([stats, stats])["fid"] < 1e-6   # no network is needed for two files
+    capsys.readouterr()
+    row = fid.main([folder, other, "--n", "5", "--kid", "--prc", "--json", *tiny])
+    out, err = capsys.readouterr()
+    assert json.loads(out) == row
+    assert list(row) == ["fid", "kid", "kid_std", "precision", "recall", "n_a", "n_b", "features",
+                         "dims", "resize", "standard", "weights_sha256", "seconds"]
+    assert (row["n_a"], row["n_b"], row["dims"], row["standard"]) == (5, 5, 64, False)
+    assert "rank" in err
+    mixed = fid.main([write_folder(tmp_path / "c", [*a, *uint8_images(3, size=9)]), other, *tiny])
+    assert mixed["n_a"] == 9
+
+
+def test_command_with_data_set(real_data, tiny, capsys):
+    row = fid.main(["cifar10", "cifar10", "--split", "test", "--n", "4", *tiny,
+                    "--data-dir", str(real_data)])
+    assert row["n_b"] == 4 and row["fid"] < 1e-6 and row["kid"] is None
+    assert capsys.readouterr().out.startswith("FD-64 ")
+
+
+def test_command_refuses(tmp_path, tiny):
+    folder = write_folder(tmp_path / "a", uint8_images(2))
+    eye, mu = np.eye(64), np.zeros(64)
+    bad = {"keys": {"mean": mu}, "shape": {"mu": mu, "sigma": eye[:5]},
+           "object": {"mu": np.array([None]), "sigma": eye},
+           "nan": {"mu": mu * np.nan, "sigma": eye},
+           "skew": {"mu": mu, "sigma": np.triu(np.ones((64, 64)))},
+           "dims": {"mu": mu[:9], "sigma": eye[:9, :9]},
+           "id": {"mu": mu, "sigma": eye, "id": "inception-2015-64-tf1-0"}}
+    match = {"keys": "must hold mu", "shape": r"\(5, 64\)", "object": "plain arrays",
+             "nan": "finite", "skew": "symmetric", "dims": "dimensions", "id": "different"}
+    for case, arrays in bad.items():
+        np.savez(tmp_path / f"{case}.npz", **arrays)
+        with pytest.raises(UserError, match=match[case]):
+            fid.main([folder, str(tmp_path / f"{case}.npz"), *tiny])
+    np.savez(tmp_path / "fine.npz", mu=mu, sigma=eye, n=mu)   # an n of no use is left out
+    assert fid.load_stats(tmp_path / "fine.npz")[2:] == (None, None)
+    np.save(tmp_path / "float.npy", np.zeros((4, 8, 8, 3)))
+    (tmp_path / "text.npy").write_text("no")
+    for argv, text in [
+        ([folder, str(tmp_path / "fine.npz"), "--kid"], "not statistics"),
+        ([folder, str(tmp_path / "nowhere")], "no such file"),
+        ([folder], "B is missing"), ([folder, folder, "--n", "1"], "at least 2"),
+        ([folder, str(tmp_path / "float.npy")], "must be uint8"),
+        ([folder, str(tmp_path / "text.npy")], "not a readable"),
+        ([folder, "--save-stats", str(tmp_path / "x.txt")], r"\*\.npz"),
+    ]:
+        with pytest.raises(UserError, match=text):
+            fid.main([*argv, *tiny])
+    one = write_folder(tmp_path / "one", uint8_images(1))
+    with pytest.raises(UserError, match="at least 2"):
+        fid.main([folder, one, *tiny])
+
+
+def test_command_exit_code(tmp_path):
+    (tmp_path / "w.pth").write_text("no weights")
+    folder = write_folder(tmp_path / "a", uint8_images(2))
+    run = subprocess.run([sys.executable, fid.__file__, folder, folder, "--weights",
+                          str(tmp_path / "w.pth")], capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("fid.py: error: ") and run.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------- geometry
+
+
+EIGHT = np.ones((3, 3), int)
+SETTINGS = [(32, 8), (16, 4)]
+
+
+def squares(size, side, *boxes):
+    """One image (1, 1, H, W) in [-1, 1]; a box is (row, column) or (row, column, height, width)."""
+    x = torch.full((1, 1, size, size), -1.0)
+    for row, column, *shape in boxes:
+        height, width = shape or (side, side)
+        x[..., max(row, 0):row + height, max(column, 0):column + width] = 1
+    return x
+
+
+def scipy_exact(m, side):
+    """(n, clean) of one bool image, component by component."""
+    labels, found = ndimage.label(m, EIGHT)
+    perfect = 0
+    for i, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        full = (labels[rows, columns] == i).sum() == side ** 2
+        perfect += full and rows.stop - rows.start == columns.stop - columns.start == side
+    return perfect, perfect == found
+
+
+def scipy_count(m, side):
+    """(n, clean) of one bool image as geometry.count defines it, component by component."""
+    thick = side // 4 + 1
+    opened = ndimage.binary_opening(m, np.ones((thick, thick)))
+    labels, found = ndimage.label(opened, EIGHT)
+    padded, n = np.pad(opened, 1), 0
+    for rows, columns in ndimage.find_objects(labels):
+        held = opened[rows, columns]
+        around = padded[rows.start:rows.stop + 2, columns.start:columns.stop + 2]
+        n += (all(abs(length - side) <= 1 for length in held.shape)
+              and around.sum() == held.sum() and held.any(0).all() and held.any(1).all()
+              and held.mean() >= 0.8 and abs(held.sum() - side ** 2) <= 0.3 * side ** 2)
+    stray = (m & ~ndimage.binary_dilation(opened, EIGHT)).sum()
+    return n, n == found and stray <= side ** 2 / 4
+
+
+def edge_pixels(x):
+    """The lit pixels next to a dark one, and the dark ones next to a lit one."""
+    m = (F.pad(x, (1,) * 4) > 127).float()
+    return F.max_pool2d(m, 3, 1) != -F.max_pool2d(-m, 3, 1)
+
+
+def flip(x, where, share, seed):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.where(where & (torch.rand(x.shape, generator=gen) < share), 255 - x, x)
+
+
+def mixed_images(n, size, side):
+    """About n images: valid, touching, overlapping, cut off, noisy, blobs; uint8."""
+    gen, part = torch.Generator().manual_seed(5), n // 8
+    anywhere = torch.randint(-side, size, (2 * part, 3, 2), generator=gen)
+    near = torch.randint(0, size - 2 * side, (2 * part, 1, 2), generator=gen)
+    near = near + torch.tensor([[0, 0], [side, 0]])
+    near[:, 1] += torch.randint(-2, 3, (2 * part, 2), generator=gen)
+    blobs = F.avg_pool2d(torch.randn(part, 1, size + 4, size + 4, generator=gen), 5, 1)
+    valid = torch.cat([geometry.draw(part // 2, k, size, side, seed=k) for k in (1, 2, 3, 4)])
+    all_of = torch.ones_like(valid, dtype=torch.bool)
+    return torch.cat([
+        valid, geometry.render(anywhere, size, side), geometry.render(near, size, side),
+        flip(valid, edge_pixels(valid), 0.02, 1), flip(valid[::2], all_of[::2], 0.01, 2),
+        (blobs > 0.15).to(torch.uint8) * 255])
+
+
+@pytest.mark.parametrize("size, side", SETTINGS)
+@pytest.mark.parametrize("k", range(5))
+def test_draw_has_k_separate_squares(k, size, side):
+    x = geometry.draw(200, k, size, side, seed=k)
+    assert x.shape == (200, 1, size, size) and x.dtype == torch.uint8
+    assert set(x.unique().tolist()) <= {0, 255}
+    assert all(ndimage.label(m, EIGHT)[1] == k for m in x[:, 0].numpy())
+    assert (x > 0).sum((1, 2, 3)).eq(k * side ** 2).all()
+    for counter in (geometry.count, geometry.count_exact):
+        for images in (x, x.float() / 127.5 - 1):
+            n, clean = counter(images, side)
+            assert n.dtype == torch.int64 and n.eq(k).all() and clean.all()
+
+
+def test_draw_keeps_the_gap_and_repeats():
+    gen = torch.Generator().manual_seed(0)
+    at = geometry.place(3000, 2, 16, 4, 3, gen)
+    distance = (at[:, 0] - at[:, 1]).abs().amax(1)
+    assert distance.min() == 7 and at.min() == 0 and at.max() == 12      # 4 + 3, and all of it
+    assert torch.equal(geometry.draw(9, 2, seed=3), geometry.draw(9, 2, seed=3))
+    assert not torch.equal(geometry.draw(9, 2, seed=3), geometry.draw(9, 2, seed=4))
+
+
+def test_draw_is_uniform():
+    x = geometry.draw(40000, 2, size=6, side=2)
+    at = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    apart = (at[:, None] - at).abs().amax(2) >= 3
+    times = torch.unique(geometry.pack(x), dim=0, return_counts=True)[1].double()
+    assert len(times) == apart.sum() / 2 == 132
+    assert stats.chisquare(times.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"k": 10}, "at most 9"), ({"k": -1}, "k is -1"), ({"side": 33}, "at most 0"),
+    ({"side": 0}, "side is 0"), ({"size": 0}, "size is 0"), ({"gap": 0}, "gap is 0"),
+    ({"n": 0}, "n is 0"), ({"k": 1.5}, "integer"), ({"k": 9}, "dense")])
+def test_draw_refuses_what_cannot_be(wrong, message):
+    with pytest.raises(UserError, match=message):
+        geometry.draw(**{"n": 500, "k": 2, **wrong})
+
+
+def test_draw_reaches_the_limit_where_it_can():
+    assert geometry.count_exact(geometry.draw(3, 4, size=18))[0].tolist() == [4, 4, 4]
+    with pytest.raises(UserError, match="at most 4"):
+        geometry.draw(3, 5, size=18)
+    with pytest.raises(UserError, match="at most 4"):
+        geometry.draw_pairs(3, size=18, k=4)
+    with pytest.raises(UserError):
+        geometry.draw_pairs(3, k=0)
+
+
+@pytest.mark.parametrize("k, size, side", [(2, 32, 8), (3, 32, 8), (1, 16, 4), (2, 16, 4)])
+def test_pairs_combine_to_one_less_and_one_more(k, size, side):
+    x, y, x_and, x_or = geometry.draw_pairs(300, size, side, k=k)
+    assert torch.equal(x_and, torch.minimum(x, y)) and torch.equal(x_or, torch.maximum(x, y))
+    assert (x != y).flatten(1).any(1).all()
+    for images, number in ((x, k), (y, k), (x_and, k - 1), (x_or, k + 1)):
+        assert all(scipy_exact(m > 0, side) == (number, True) for m in images[:, 0].numpy())
+
+
+def test_pack_tells_images_apart():
+    x = torch.cat([geometry.draw(300, 2, 10, 2), geometry.draw(300, 0, 10, 2)])
+    assert geometry.pack(x).shape == (600, 13) and geometry.pack(x).dtype == torch.uint8
+    assert np.array_equal(geometry.pack(x).numpy(),
+                          np.packbits(x.flatten(1).numpy() > 127, axis=1))
+    rows = [m.numpy().tobytes() for m in x]
+    assert geometry.count_distinct(x) == len(set(rows)) < 600
+    known = x[:100].float() / 127.5 - 1
+    assert geometry.is_in(x, known).tolist() == [row in set(rows[:100]) for row in rows]
+
+
+@pytest.mark.parametrize("size, side", SETTINGS)
+def test_count_exact_equals_scipy(size, side):
+    x = mixed_images(5000, size, side)
+    n, clean = geometry.count_exact(x, side)
+    expected = [scipy_exact(m > 127, side) for m in x[:, 0].numpy()]
+    assert torch.stack([n, clean], 1).tolist() == np.array(expected, int).tolist()
+    assert {0, 1, 2, 3, 4} <= set(n.tolist()) and 0.2 < clean.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("size, side", SETTINGS)
+def test_count_equals_scipy(size, side):
+    x = mixed_images(2000, size, side)
+    n, clean = geometry.count(x, side)
+    expected = [scipy_count(m > 127, side) for m in x[:, 0].numpy()]
+    assert torch.stack([n, clean], 1).tolist() == np.array(expected, int).tolist()
+    assert {0, 1, 2, 3, 4} <= set(n.tolist()) and 0.2 < clean.float().mean() < 0.9
+    one_by_one = [geometry.count(image[None], side) for image in x[::50]]
+    assert torch.equal(torch.cat([n for n, _ in one_by_one]), n[::50])
+    assert torch.equal(torch.cat([c for _, c in one_by_one]), clean[::50])
+
+
+A, B = (2, 2), (20, 18)                                              # two good squares, 32 px
+
+
+@pytest.mark.parametrize("boxes, tolerant, exact", [
+    ([], (0, True), (0, True)),
+    ([(0, 0), (24, 24)], (2, True), (2, True)),                      # in the corners
+    ([A, (2, 11)], (2, True), (2, True)),                            # a gap of one
+    ([A, (2, 10)], (0, False), (0, False)),                          # touching
+    ([A, (10, 10)], (0, False), (0, False)),                         # at a corner
+    ([A, (11, 11)], (2, True), (2, True)),                           # not quite
+    ([A, (6, 6)], (0, False), (0, False)),                           # overlapping
+    ([A, (3, 2)], (1, True), (0, False)),                            # coinciding up to a pixel
+    ([A, (*B, 7, 9)], (2, True), (1, False)),
+    ([(*A, 7, 7), (*B, 9, 9)], (2, True), (0, False)),
+    ([A, (*B, 8, 10)], (1, False), (1, False)),                      # two pixels too long
+    ([A, (*B, 8, 6)], (1, False), (1, False)),
+    ([A, (20, -1)], (2, True), (1, False)),                          # cut off by the border
+    ([A, (20, -2)], (1, False), (1, False)),
+    ([A, B, (26, 3, 1, 2)], (2, True), (2, False)),                  # a speck
+    ([A, B, (26, 3, 3, 3)], (2, False), (2, False)),                 # a blob
+    ([A, B, (20, 3, 4, 8)], (2, False), (2, False)),                 # half a square
+    ([A, B, (30, 0, 2, 8)], (2, True), (2, False)),                  # a line of a quarter square
+    ([A, B, (30, 0, 2, 9)], (2, False), (2, False)),                 # of more than that
+    ([A, (2, 11), (5, 10, 1, 1)], (2, True), (0, False)),            # a bridged gap
+    ([A, (2, 11), (5, 10, 3, 1)], (0, False), (0, False)),
+    ([A, B, (4, 20)], (3, True), (3, True)),
+    ([(0, 0, 32, 32)], (0, False), (0, False)),
+])
+def test_counters_by_definition(boxes, tolerant, exact):
+    x = squares(32, 8, *boxes)
+    for counter, expected in ((geometry.count, tolerant), (geometry.count_exact, exact)):
+        n, clean = counter(x)
+        assert (n.item(), clean.item()) == expected
+
+
+def test_count_wants_a_square_not_a_ring_or_two_bars():
+    for hole, expected in [((4, 4, 1, 1), 1), ((4, 4, 4, 4), 0), ((2, 5, 8, 1), 0)]:
+        x = squares(32, 8, A)
+        row, column, height, width = hole
+        x[..., row:row + height, column:column + width] = -1
+        assert geometry.count(x)[0].item() == expected, hole
+
+
+@pytest.mark.parametrize("size, side, share, least", [(32, 8, 0.01, 0.99), (32, 8, 0.05, 0.99),
+                                                      (16, 4, 0.01, 0.99)])
+def test_count_sees_two_squares_with_ragged_edges(size, side, share, least):
+    x = geometry.draw(2000, 2, size, side, seed=1)
+    n, clean = geometry.count(flip(x, edge_pixels(x), share, 0), side)
+    assert ((n == 2) & clean).float().mean() >= least
+    half = side // 2                             # a pixel less cannot part what half a side joins
+    at = torch.tensor([[[side, side], [2 * side, side + i]] for i in range(-half, half + 1)])
+    touching = geometry.render(at, size, side).repeat(50, 1, 1, 1)
+    n, clean = geometry.count(flip(touching, edge_pixels(touching), share, 0), side)
+    assert not ((n == 2) & clean).any()
+
+
+def test_counters_refuse_what_they_cannot_count():
+    for counter in (geometry.count, geometry.count_exact):
+        for wrong in (torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32)):
+            with pytest.raises(ValueError, match="must be"):
+                counter(wrong)
+        with pytest.raises(ValueError, match="side"):
+            counter(torch.zeros(2, 1, 16, 16), side=17)
+    with pytest.raises(ValueError, match="count_exact"):
+        geometry.count(torch.zeros(2, 1, 16, 16), side=3)
+    with pytest.raises(ValueError, match="corners"):
+        geometry.render(torch.zeros(2, 2), 16, 4)
+
+
+# -------------------------------------------------------------------------------- exp_pcr_natural
+
+
+def test_pcr_natural_smoke(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = list(exp_pcr_natural.ARMS)
+    args = ["--dataset", "geometry", "--smoke", "--data-dir", str(tmp_path / "d"), "--arms", *arms]
+    result = exp_pcr_natural.main(args)
+    assert [r["arm"] for r in result["rows"]] == arms
+    for row in result["rows"]:
+        assert {"dataset", "model", "arm", "seed", "best_fid", "best_step", "fid_curve", "kid",
+                "n_fid", "split"} <= set(row) and len(row["fid_curve"]) == 2
+        assert row["best_fid"] == min(p[2] for p in row["fid_curve"])
+    folder = tmp_path / "runs" / "exp_pcr_natural" / "geometry-wgangp-smoke"
+    assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
+    for name in ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "samples/0000004.png"):
+        assert (folder / "geometry-wgangp-pcr-s0" / name).exists()
+    (folder / "figure.png").unlink()
+    exp_pcr_natural.main(["--plot", str(folder)])
+    assert Image.open(folder / "figure.png").width > 500
+    with pytest.raises(UserError, match="--resume"):
+        exp_pcr_natural.main(args)
+    assert exp_pcr_natural.main([*args, "--resume"])["rows"] == result["rows"]
+    out = tmp_path / "grid.png"
+    exp_pcr_natural.main(["--sample", str(folder / "geometry-wgangp-pcr-s0" / "best.pt"), "--n",
+                          "4", "--out", str(out)])
+    assert out.exists()
+
+
+@pytest.mark.parametrize("model", ["lsgan", "sagan"])
+def test_pcr_natural_smoke_on_pictures(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(exp_pcr_natural.fid, "load_inception",
+                        lambda **kw: exp_pcr_natural.fid.Pixels())
+    result = exp_pcr_natural.main(
+        ["--dataset", str(picture_folder(tmp_path / "pics")), "--model", model, "--smoke",
+         "--outdir", str(tmp_path), "--split", "all", "--n-real", "8", "--ema-beta", "0.5",
+         "--data-dir", str(tmp_path / "d")])
+    assert len(result["rows"]) == 2 and all("best_fid_ema" in r for r in result["rows"])
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset", "cifar10", "--data-dir", "none"], "cifar-10-binary.tar.gz"),
+    (["--dataset", "nowhere"], "nowhere does not exist"),
+    (["--dataset", "geometry", "--batch", "100000"], "--batch 100000"),
+    (["--dataset", "geometry", "--steps", "0"], "--steps is 0"),
+    (["--dataset", "geometry", "--beta1", "1.5"], "--beta1 is 1.5"),
+    (["--model", "gan"], "invalid choice: 'gan'"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz"),
+    (["--dataset", "geometry", "--device", "cuda:99"], "not on this machine"),
+    (["--arch", "resnet", "--model", "sagan"], "goes with --model wgangp"),
+    (["--sample", "none.pt"], "none.pt does not exist"),
+])
+def test_mistakes_of_the_user(tmp_path, args, message):
+    result = run_script("exp_pcr_natural.py", "--smoke", *args, cwd=tmp_path)
+    assert message in one_line(result)
+    assert not (tmp_path / "runs").exists()
