@@ -9,6 +9,8 @@ import contextlib
 import copy
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import signal
@@ -53,6 +55,7 @@ def run_flags(parser, presets):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     g.add_argument("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
     g.add_argument("--name", help="run folder; default: dataset, model and preset")
+    g.add_argument("--jobs", type=int, help="runs side by side; default one, on a CPU one a core")
     g.add_argument("--resume", action="store_true", help="go on in an existing run folder")
     g.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
     g.add_argument("--plot", type=Path, metavar="RUN", help="redraw RUN/figure.png and stop")
@@ -67,6 +70,7 @@ def train_flags(parser):
         ("--lr-g", float, "Adam step size of G"), ("--lr-d", float, "Adam step size of D"),
         ("--beta1", float, "Adam"), ("--beta2", float, "Adam"),
         ("--z-dim", int, "latent size"), ("--width", int, "channels of the widest resolution"),
+        ("--base", int, "pixels of the coarsest level of the networks"),
         ("--gp-weight", float, "weight of the gradient penalty, 0 for none"),
         ("--comb-weight", float, "share of the extra negatives, eq. (13); the paper's is 0.5"),
         ("--ema-beta", float, "decay of the averaged G, 0 for none"),
@@ -78,6 +82,8 @@ def train_flags(parser):
         g.add_argument(flag, type=kind, help=text)
     g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
     g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
+    g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
+                   help="step sizes fall to 0 over the second half of the run")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images")
     g.add_argument("--gp-comb", action=argparse.BooleanOptionalAction,
                    help="let the penalty reach the extra negatives too")
@@ -192,7 +198,7 @@ def git_hash():
         return None
 
 
-FREE_TO_CHANGE = {"resume", "steps", "d_steps", "seeds", "arms", "outdir", "name", "device",
+FREE_TO_CHANGE = {"resume", "jobs", "steps", "d_steps", "seeds", "arms", "outdir", "name", "device",
                   "data_dir", "fid_weights"}
 
 
@@ -256,6 +262,47 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def run_all(run, cells, jobs, device):
+    """run(cfg, folder) for every cell (cfg, folder) without a row.json; read all row.json.
+
+    With jobs > 1 each is a process of its own and they share the cores; jobs None is one on a
+    GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
+    A signal stops them all, saved; a run that fails leaves the others going. UserError names it.
+    """
+    jobs = jobs or (1 if device.type == "cuda" else os.cpu_count())
+    waiting = [c for c in cells if not (c[1] / "row.json").exists()]
+    jobs, running, failed = min(jobs, len(waiting)), [], []
+    if jobs <= 1:
+        for cell in waiting:
+            run(*cell)
+        waiting = []
+    spawn = multiprocessing.get_context("spawn")
+    with stop_signals() as caught:
+        while running or (waiting and not caught):
+            while waiting and len(running) < jobs and not caught:
+                cfg, folder = waiting.pop(0)
+                running.append(spawn.Process(name=folder.name, target=run_alone, args=(
+                    run, argparse.Namespace(**{**vars(cfg), "jobs": jobs}), folder)))
+                running[-1].start()
+            multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.5)
+            for process in running:
+                if caught and process.is_alive():
+                    process.terminate()
+            failed += [p.name for p in running if p.exitcode]
+            running = [p for p in running if p.exitcode is None]
+    if caught:
+        sys.exit(128 + caught[0])
+    if failed:
+        raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
+    return [read_json(folder / "row.json") for _, folder in cells]
+
+
+def run_alone(run, cfg, folder):
+    """What one process of run_all does."""
+    torch.set_num_threads(max(1, os.cpu_count() // cfg.jobs))
+    cli(lambda: run(cfg, folder))
+
+
 # --------------------------------------------------------------------------------- networks
 
 
@@ -294,17 +341,18 @@ class Attention(nn.Module):
         return x + self.gain * self.out(out)
 
 
-def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, sagan=False):
-    """G and D of Radford et al. (2015): one 4x4, stride-2 level for each doubling above 4 px.
+def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False):
+    """G and D of Radford et al. (2015): one 4x4, stride-2 level per doubling above `base` px.
 
     UNSPECIFIED: the paper's architectures. At 32 px G is 256-128-64 and D 64-128-256 channels,
     at 64 px one level more; the published baselines fit nets of that size. SAGAN is unconditional
     here: the same pair under spectral norm, with attention at half the image size in both.
     """
     wrap = spectral_norm if sagan else lambda layer: layer
-    levels = int(math.log2(size // 4))
+    levels = int(math.log2(size // base))
     widths = [width * 2 ** i for i in range(levels)]                    # from the image inwards
-    g = [wrap(init(nn.Linear(z_dim, widths[-1] * 16))), nn.Unflatten(1, (widths[-1], 4, 4)),
+    g = [wrap(init(nn.Linear(z_dim, widths[-1] * base ** 2))),
+         nn.Unflatten(1, (widths[-1], base, base)),
          nn.BatchNorm2d(widths[-1]), nn.ReLU()]
     for wide, narrow in zip(widths[:0:-1], widths[-2::-1]):
         g += [wrap(init(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))),
@@ -316,7 +364,7 @@ def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, sagan=False):
     for narrow, wide in zip(widths[:-1], widths[1:]):
         d += [wrap(init(nn.Conv2d(narrow, wide, 4, 2, 1), init_d)), norm_layer(norm_d, wide),
               nn.LeakyReLU(0.2)]
-    d += [nn.Flatten(), wrap(init(nn.Linear(widths[-1] * 16, 1), init_d)), nn.Flatten(0)]
+    d += [nn.Flatten(), wrap(init(nn.Linear(widths[-1] * base ** 2, 1), init_d)), nn.Flatten(0)]
     return nn.Sequential(*g), nn.Sequential(*d)
 
 
@@ -354,14 +402,17 @@ def resnet_pair(size, channels, z_dim, width, norm_d):
 
 
 def build(cfg):
-    """G: (B, Z) -> (B, C, H, W) in [-1, 1] and D: (B, C, H, W) -> (B,), from cfg's model, arch,
-    size, channels, z_dim, width, norm_d and init_d. Raises UserError for a size no pair is defined at."""
+    """G: (B, Z) -> (B, C, H, W) in [-1, 1] and D: (B, C, H, W) -> (B,), as cfg describes them.
+
+    Reads model, arch, size, channels, z_dim, width, norm_d, init_d, base. UserError for a size
+    that no pair is defined at.
+    """
     if cfg.size < 8 or cfg.size & (cfg.size - 1):
         raise UserError(f"--size {cfg.size}: the networks need a power of two of at least 8")
     shape = (cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.norm_d)
     if cfg.arch == "resnet":
         return resnet_pair(*shape)
-    return dcgan_pair(*shape, cfg.init_d, sagan=cfg.model == "sagan")
+    return dcgan_pair(*shape, cfg.init_d, cfg.base, sagan=cfg.model == "sagan")
 
 
 # ----------------------------------------------------------------------------------- losses
@@ -455,7 +506,7 @@ def to_uint8(x):
 
 @torch.no_grad()
 def generate(G, n, z_dim, seed=0, batch=256):
-    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, always the same z.
+    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, from fixed z.
 
     UNSPECIFIED: G's batch norm while scoring. Running statistics, so that an image depends on its
     own z alone.
@@ -569,8 +620,16 @@ class Trainer:
                     mean.copy_(now)
         return g_loss, grad_norm(self.G)
 
+    def set_lr(self):
+        """Step sizes of this update: constant, or falling to 0 over the second half of the run."""
+        left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
+        for opt, lr in ((self.opt_g, self.cfg.lr_g), (self.opt_d, self.cfg.lr_d)):
+            for group in opt.param_groups:
+                group["lr"] = lr * left
+
     def update(self):
         """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
+        self.set_lr()
         for _ in range(self.cfg.n_dis):
             d_loss, *d_rest = self.d_update()
         g_loss, g_grad = self.g_update()
@@ -652,10 +711,11 @@ def fit(trainer, folder, evaluate=None, best="fid"):
         return trainer.step % every == 0 or trainer.step == cfg.steps
 
     with stop_signals() as caught, tqdm(
-            total=cfg.steps, initial=first, desc=folder.name, unit="step", disable=None,
-            leave=False, smoothing=0.1) as bar:
+            total=cfg.steps, initial=first, desc=folder.name, unit="step", leave=False,
+            disable=cfg.jobs not in (None, 1) or None, smoothing=0.1) as bar:
         while trainer.step < cfg.steps:
-            log[trainer.step % cfg.log_every] = trainer.update()
+            metrics_now = trainer.update()
+            log[(trainer.step - 1) % cfg.log_every] = metrics_now
             bar.update()
             if not (caught or any(due(getattr(cfg, f"{what}_every"))
                                   for what in ("log", "eval", "sample", "ckpt"))):

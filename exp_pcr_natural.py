@@ -49,18 +49,23 @@ MODELS = {
 PRESETS = {
     "paper": dict(
         steps=None, d_steps=50_000, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.9,
-        z_dim=128, width=64, comb_weight=0.5, gp_comb=False, flip=False, ema_beta=0.0,
+        z_dim=128, width=64, base=4, comb_weight=0.5, gp_comb=False, flip=False, lr_decay=False,
+        ema_beta=0.0,
         n_fid=10_000, n_real=None, dims=2048, checks=10, log_every=100),
-    # DEVIATION: sized for two cores: half the width, one update of D per update of G, a larger
-    # step size, and scores of a few hundred images (good for comparing arms within a figure only).
-    "cpu": dict(
-        steps=600, d_steps=None, n_dis=1, width=32, lr_g=5e-4, lr_d=5e-4,
-        n_fid=256, n_real=1024, checks=4, log_every=50),
+    # DEVIATION: sized for two cores: half the width and batch, larger steps, few of them, and
+    # scores of a few hundred images, good for comparing the arms of one figure only.
+    "cpu": dict(batch=32, width=32, lr_g=5e-4, lr_d=5e-4, n_fid=192, n_real=512, checks=3,
+                log_every=50),
     "smoke": dict(
-        steps=4, d_steps=None, n_dis=1, batch=8, width=8, z_dim=16,
+        jobs=1, steps=4, d_steps=None, n_dis=1, batch=8, width=8, z_dim=16,
         n_fid=16, n_real=32, checks=2, log_every=2),
 }
-AT_64_PX = {"cpu": dict(steps=200, batch=32)}
+# What two cores do in the same time: (pixels, model) -> steps of G.
+CPU_STEPS = {
+    (32, "wgangp"): dict(steps=600, n_dis=3), (64, "wgangp"): dict(steps=200, n_dis=3),
+    (32, "lsgan"): dict(steps=1500), (64, "lsgan"): dict(steps=500),
+    (32, "sagan"): dict(steps=900), (64, "sagan"): dict(steps=300),
+}
 
 
 def mixup(x, gen):
@@ -110,17 +115,19 @@ def configure(args, model, dataset, device):
     size = args.size or data.SIZES.get(dataset, 64)
     return core.resolve(
         args, PRESETS["paper"], MODELS[model], {"width": 128} if args.arch == "resnet" else {},
-        PRESETS[name], AT_64_PX.get(name, {}) if size >= 64 else {},
+        PRESETS[name], CPU_STEPS[min(max(size, 32), 64), model] if name == "cpu" else {},
         preset=name, model=model, dataset=dataset, size=size,
         channels=1 if dataset == "geometry" else 3)
 
 
-def scorer(cfg, net, images):
-    """The score of a trainer: FID and KID of n_fid fakes against the training set."""
-    if cfg.n_real:
-        order = torch.randperm(len(images), generator=core.generator(0, "cpu"))
-        images = images[order[:cfg.n_real]]
-    reference = fid.reference(net, images, cfg.data_dir / "cache")
+def prepare(cfg):
+    """A cell's images, and its score of a trainer: FID and KID of n_fid fakes against them."""
+    device = core.pick_device(cfg.device)
+    images = data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
+    net = fid.Pixels() if cfg.dataset == "geometry" else fid.load_inception(
+        dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir, device=device)
+    order = torch.randperm(len(images), generator=core.generator(0, "cpu"))
+    reference = fid.reference(net, images[order[:cfg.n_real]], cfg.data_dir / "cache")
 
     def score(trainer):
         row = fid.score(net, *reference, core.generate(trainer.G, cfg.n_fid, cfg.z_dim))
@@ -129,21 +136,23 @@ def scorer(cfg, net, images):
             row |= {f"{k}_ema": v for k, v in fid.score(net, *reference, ema).items()}
         return row
 
-    return score
+    return images, score, net.label
 
 
 def run_name(row):
     return f"{Path(row['dataset']).stem}-{row['model']}-{row['arm']}-s{row['seed']}"
 
 
-def train(cfg, folder, images, score, device):
-    """One arm and seed, from scratch or from its checkpoint; leaves its files in `folder`."""
-    trainer = core.Trainer(cfg, images, device, combine=ARMS[cfg.arm])
+def train(cfg, folder):
+    """One arm and seed, from scratch or from its checkpoint -> the label of its score."""
+    images, score, label = prepare(cfg)
+    trainer = core.Trainer(cfg, images, core.pick_device(cfg.device), combine=ARMS[cfg.arm])
     core.open_run(folder, cfg, cfg.resume)
     core.fit(trainer, folder, score)
+    return label
 
 
-def evaluate(cfg, folder):
+def evaluate(cfg, folder, label):
     """The result row of a finished run, from its metrics.jsonl: best checkpoint and whole curve."""
     scored = [r for r in core.read_rows(folder / "metrics.jsonl") if "fid" in r]
     best = min(scored, key=lambda r: r["fid"])
@@ -151,11 +160,14 @@ def evaluate(cfg, folder):
            "best_fid": best["fid"], "best_step": best["step"], "best_d_steps": best["d_steps"],
            "fid_curve": [[r["step"], r["d_steps"], r["fid"]] for r in scored],
            "kid": best["kid"], "kid_std": best["kid_std"], "n_fid": cfg.n_fid,
-           "n_real": cfg.n_real, "split": cfg.split, "score": cfg.label}
+           "n_real": cfg.n_real, "split": cfg.split, "score": label}
     if cfg.ema_beta:
         row["best_fid_ema"] = min(r["fid_ema"] for r in scored)
     core.write_json(folder / "row.json", row)
-    return row
+
+
+def run(cfg, folder):
+    evaluate(cfg, folder, train(cfg, folder))
 
 
 def summary(rows):
@@ -221,25 +233,16 @@ def main(argv=None):
     cells = [configure(args, m, d, device) for d in datasets for m in models]
     if core.announce(cells, args.dry_run):
         return {}
-    sources = {(c.dataset, c.size): data.load(c.dataset, c.size, c.data_dir, c.split, c.n_train)
-               for c in cells}
-    nets = [fid.Pixels() if c.dataset == "geometry" else  # needs no download
-            fid.load_inception(dims=c.dims, weights=c.fid_weights, data_dir=c.data_dir,
-                               device=device) for c in cells]
+    for cfg in cells:  # what is missing or wrong shows here, before anything is written
+        images, *_ = prepare(cfg)
+        if cfg.batch > len(images):
+            raise core.UserError(f"--batch {cfg.batch}: only {len(images)} training images")
     name = args.name or f"{Path(args.dataset).stem}-{args.model}-{cells[0].preset}"
     folder = core.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
-    rows = []
-    for cfg, net in zip(cells, nets):
-        images = sources[cfg.dataset, cfg.size]
-        score = scorer(cfg, net, images)
-        for seed in cfg.seeds:
-            for arm in args.arms:
-                one = argparse.Namespace(**vars(cfg), arm=arm, seed=seed, label=net.label)
-                run = folder / run_name(vars(one))
-                if not (run / "row.json").exists():
-                    train(one, run, images, score, device)
-                    evaluate(one, run)
-                rows.append(core.read_json(run / "row.json"))
+    ones = [argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
+            for cfg in cells for seed in cfg.seeds for arm in args.arms]
+    rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],
+                        cells[0].jobs, device)
     for cell in summary(rows):
         print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in cell.items()))

@@ -25,14 +25,16 @@ import geometry
 # loss here is the non-saturating one of eq. (1)'s example, f1 = log x, f2 = log(1 - x).
 PRESETS = {
     "paper": dict(
-        size=32, model="lsgan", arch="dcgan", loss="ns", norm_d="none", init_d="dcgan", gp_weight=0.0,
-        gp_comb=False, n_dis=1, steps=600, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.9,
-        z_dim=128, width=64, comb_weight=0.5, flip=False, ema_beta=0.0, n_fid=1024, checks=60,
-        sample_every=100, ckpt_every=100, log_every=10, seeds=[0, 1, 2, 3, 4]),
+        size=32, model="gan", arch="dcgan", loss="ns", norm_d="none", init_d="dcgan",
+        gp_weight=0.0, gp_comb=False, n_dis=1, steps=600, batch=64, lr_g=2e-4, lr_d=2e-4,
+        beta1=0.5, beta2=0.9, z_dim=128, width=64, base=4, comb_weight=0.5, flip=False,
+        lr_decay=False, ema_beta=0.0,
+        n_fid=1024, checks=60, sample_every=100, ckpt_every=100, log_every=10,
+        seeds=[0, 1, 2, 3, 4]),
     # DEVIATION: a canvas and squares half as wide, and half the channels.
     "cpu": dict(size=16, width=32, n_fid=512, checks=60, seeds=[0, 1, 2]),
-    "smoke": dict(size=16, width=8, z_dim=16, batch=16, steps=4, n_fid=32, checks=2, log_every=2,
-                  sample_every=2, ckpt_every=2),
+    "smoke": dict(jobs=1, size=16, width=8, z_dim=16, batch=16, steps=4, n_fid=32, checks=2,
+                  log_every=2, sample_every=2, ckpt_every=2),
 }
 ARMS = {"vanilla": False, "pcr": True}
 NAMES = ("a", "b", "and", "or")
@@ -81,9 +83,9 @@ def scorer(cfg, known, device):
     return score
 
 
-def train(cfg, folder, device):
-    """One arm and seed, from scratch or from its checkpoint; leaves its files in `folder`."""
-    known = images_of(cfg)
+def train(cfg, folder):
+    """One arm and seed, from scratch or from its checkpoint -> trainer and the four images."""
+    device, known = core.pick_device(cfg.device), images_of(cfg)
     # UNSPECIFIED: how batches come from two images. Drawn from 64 copies of each, so that a batch
     # of 64 holds both in changing numbers.
     images, negatives = known[:2].repeat(64, 1, 1, 1), known[2:].to(device)
@@ -108,7 +110,10 @@ def evaluate(cfg, folder, trainer, known):
              "d_real": (r["d_a"] + r["d_b"]) / 2, "n": cfg.n_fid}
             for r in core.read_rows(folder / "metrics.jsonl") if "share_a" in r]
     core.write_json(folder / "row.json", rows)
-    return rows
+
+
+def run(cfg, folder):
+    evaluate(cfg, folder, *train(cfg, folder))
 
 
 def run_name(row):
@@ -174,14 +179,10 @@ def main(argv=None):
         return {}
     folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
-    rows = []
-    for arm in args.arms:
-        for seed in cfg.seeds:
-            one = argparse.Namespace(**vars(cfg) | {"arm": arm, "seed": seed})
-            run = folder / run_name(vars(one))
-            if not (run / "row.json").exists():
-                evaluate(one, run, *train(one, run, device))
-            rows += core.read_json(run / "row.json")
+    ones = [argparse.Namespace(**vars(cfg) | {"arm": a, "seed": s})
+            for a in args.arms for s in cfg.seeds]
+    rows = sum(core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
+                            device), [])
     result = core.write_result(folder, Path(__file__).stem, cfg, device, start, rows, {
         "figure_3": "AND and OR are drawn, and scored like the reals in the earlier stage"})
     plot(folder)

@@ -28,15 +28,16 @@ PAPER = {"vanilla": None, "pcr": 0.70, "sc": 0.97, "sc+pcr": 0.99}  # share corr
 PRESETS = {
     "paper": dict(
         size=32, n_train=25_600, n_cover=256_000, model="wgangp", arch="dcgan", loss="wgan",
-        norm_d="none", init_d="dcgan", gp_weight=10.0, gp_comb=False, n_dis=1, steps=50_000, batch=64, lr_g=2e-4,
-        lr_d=2e-4, beta1=0.5, beta2=0.9, z_dim=128, width=64, comb_weight=0.5, flip=False,
+        norm_d="none", init_d="dcgan", gp_weight=10.0, gp_comb=False, n_dis=1, steps=50_000,
+        batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.9, z_dim=128, width=64, base=4,
+        comb_weight=0.5, flip=False, lr_decay=False,
         ema_beta=0.0, n_fid=4096, checks=50, sc_counter="exact", log_every=100),
     # DEVIATION: a canvas half as wide with squares half as wide. It has 1/14 as many possible
     # images, and so have the training set and the coverage samples.
     "cpu": dict(size=16, n_train=1_800, n_cover=18_000, width=32, lr_g=5e-4, lr_d=5e-4,
                 steps=3000, n_fid=1024, checks=15),
-    "smoke": dict(size=16, n_train=64, n_cover=64, width=8, z_dim=16, batch=16, steps=4, n_fid=32,
-                  checks=2, log_every=2),
+    "smoke": dict(jobs=1, size=16, n_train=64, n_cover=64, width=8, z_dim=16, batch=16, steps=4,
+                  n_fid=32, checks=2, log_every=2),
 }
 ARMS = {"vanilla": (False, False), "pcr": (False, True), "sc": (True, False),
         "sc+pcr": (True, True)}
@@ -132,9 +133,9 @@ def coverage(G, cfg, images, n_show=30):
             "unseen_share": float(unseen) / max(correct_n, 1)}, torch.cat([shown, nearest], 1)
 
 
-def train(cfg, folder, device):
-    """One arm and seed, from scratch or from its checkpoint; leaves its files in `folder`."""
-    images, pool = training_set(cfg)
+def train(cfg, folder):
+    """One arm and seed, from scratch or from its checkpoint -> trainer and training images."""
+    device, (images, pool) = core.pick_device(cfg.device), training_set(cfg)
     trainer = core.Trainer(cfg, images, device, **hooks(cfg, pool.to(device)))
     core.open_run(folder, cfg, cfg.resume)
     core.fit(trainer, folder, score, best="wrong")
@@ -154,7 +155,10 @@ def evaluate(cfg, folder, trainer, images):
            **{k: v for k, v in scored[-1].items() if k.startswith(("correct", "hist"))},
            "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored], **covered}
     core.write_json(folder / "row.json", row)
-    return row
+
+
+def run(cfg, folder):
+    evaluate(cfg, folder, *train(cfg, folder))
 
 
 def plot(folder):
@@ -231,14 +235,9 @@ def main(argv=None):
     training_set(cfg)  # refuses what cannot be drawn before anything is written
     folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
-    rows = []
-    for seed in cfg.seeds:
-        for arm in args.arms:
-            one = argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
-            run = folder / run_name(vars(one))
-            if not (run / "row.json").exists():
-                evaluate(one, run, *train(one, run, device))
-            rows.append(core.read_json(run / "row.json"))
+    ones = [argparse.Namespace(**vars(cfg), arm=a, seed=s) for s in cfg.seeds for a in args.arms]
+    rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
+                        device)
     for arm in args.arms:
         print(f"{arm:8s}" + "".join(f"  {k} {mean(rows, arm, k):.3f}" for k in (
             "correct", "correct_exact", "coverage_exact", "distinct", "unseen_share")))

@@ -2,7 +2,9 @@
 GAN_DATA names a folder that holds them, and are skipped elsewhere."""
 import argparse
 import io
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -19,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage, stats
-from scipy.linalg import sqrtm
+from scipy.integrate import quad
+from scipy.linalg import solve_discrete_lyapunov, sqrtm
 
 import core
 import data
 import exp_pcr_natural
 import fid
 import geometry
+import theory_sde as th
 from core import UserError
 
 HERE = Path(__file__).parent
@@ -42,9 +46,11 @@ def real_data():
 def config(**changes):
     """A tiny training configuration."""
     return argparse.Namespace(**{**dict(
-        model="wgangp", arch="dcgan", size=8, channels=1, z_dim=4, width=4, norm_d="none", init_d="he",
-        loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2, beta1=0.5, beta2=0.9,
-        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, ema_beta=0.9, seed=0,
+        model="wgangp", arch="dcgan", size=8, channels=1, z_dim=4, width=4, norm_d="none",
+        init_d="he", base=4, loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2,
+        beta1=0.5, beta2=0.9,
+        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, lr_decay=True, ema_beta=0.9,
+        seed=0, jobs=1,
         log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
 
 
@@ -173,6 +179,14 @@ def test_readme_lines_added_to_a_strangers_gan():
     names["d_loss"].backward()
 
 
+def test_readme_lists_every_open_choice():
+    readme = (HERE / "README.md").read_text()
+    for path in sorted(HERE.glob("*.py")):
+        for tag in ("UNSPECIFIED", "DEVIATION"):
+            in_code = path.read_text().count(f"{tag}:") if path.name != "test_all.py" else 0
+            assert readme.count(f"- `{path.name}` {tag}:") == in_code, (path.name, tag)
+
+
 # ------------------------------------------------------------------------------------ trainer
 
 
@@ -224,10 +238,9 @@ def test_uint8_round_trip_and_generation_leaves_training_alone():
     G, _ = core.build(config())
     G.train()
     before = {k: v.clone() for k, v in G.state_dict().items()}
-    a = torch.cat(list(core.generate(G, 5, 4, batch=2)))
-    b = torch.cat(list(core.generate(G, 5, 4, batch=5)))
+    a, b = (torch.cat(list(core.generate(G, 5, 4, batch=2))) for _ in range(2))
     assert a.shape == (5, 1, 8, 8) and a.dtype == torch.uint8 and G.training
-    assert (a.int() - b.int()).abs().max() <= 1
+    assert torch.equal(a, b)
     assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items())
 
 
@@ -284,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     trainer = core.Trainer(config(steps=6), tiny_data(), torch.device("cpu"))
     update = trainer.update
     trainer.update = lambda: update() * (torch.nan if trainer.step == 4 else 1)
-    with pytest.raises(UserError, match=r"d_loss.* not finite at step 5 of .*ckpt.pt"):
+    with pytest.raises(UserError, match=r"d_loss.* not finite at step 4 of .*ckpt.pt"):
         core.fit(trainer, tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
@@ -1144,3 +1157,207 @@ def test_mistakes_of_the_user(tmp_path, args, message):
     result = run_script("exp_pcr_natural.py", "--smoke", *args, cwd=tmp_path)
     assert message in one_line(result)
     assert not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------- theory_sde.py
+
+STEPS = [(1.0, 1.0), (0.2, 0.2), (0.4, 0.05), (0.05, 1.3)]
+
+
+def th_variance(turn, gain, k, q=2.0):
+    """Covariance after k steps, as the sum over all past noises instead of a recursion."""
+    turn, gain = np.array(turn, float), np.array(gain, float)
+    past = [np.linalg.matrix_power(turn, i) @ gain for i in range(k)]
+    return q * sum(p @ p.T for p in past)
+
+
+@pytest.mark.parametrize("t", [0.3, 2.0, 17.0])
+def test_theory_flow_laws_against_quadrature(t):
+    for eta, mu in STEPS:
+        o = math.sqrt(eta * mu)
+        exact = 2 * eta * mu * quad(lambda s, o=o: math.sin(o * s) ** 2, 0, t, epsabs=1e-13)[0]
+        assert th.flow_law(t, eta, mu) == pytest.approx(exact, rel=1e-9)
+    t += 1
+    for power in (0.0, 0.3, 0.6, 0.75, 1.0):
+        def angle(s, power=power):
+            return math.log(s) if power == 1 else (s ** (1 - power) - 1) / (1 - power)
+        assert th.clock(angle(t), power) == pytest.approx(t, rel=1e-12)
+        exact = 2 * quad(lambda s, p=power, a=angle: s ** (-2 * p) * math.sin(a(t) - a(s)) ** 2,
+                         1, t, epsabs=1e-13, epsrel=1e-12, limit=400)[0]
+        assert th.power_law(angle(t), power) == pytest.approx(exact, rel=1e-9)
+        if power == 1:
+            assert th.inverse_t_law(t) == pytest.approx(exact, rel=1e-9)
+
+
+def test_theory_inverse_t_settles_into_one_plus_minus_one_over_root_five():
+    late = th.inverse_t_law(np.exp(np.linspace(20, 20 + math.pi, 100_001)))
+    assert late.min() == pytest.approx(1 - 5 ** -0.5, abs=1e-8)
+    assert late.max() == pytest.approx(1 + 5 ** -0.5, abs=1e-8)
+
+
+@pytest.mark.parametrize("eta, mu", STEPS)
+@pytest.mark.parametrize("k", [1, 2, 7, 60])
+def test_theory_discrete_laws_against_sums(eta, mu, k):
+    x = eta * mu
+    alternating = th_variance([[1, -eta], [mu, 1 - x]], [[eta], [x]], k)[1, 1]
+    simultaneous = th_variance([[1, -eta], [mu, 1]], [[eta], [0]], k)[1, 1]
+    assert th.alternating_law(k, eta, mu) == pytest.approx(alternating, rel=1e-9)
+    assert th.simultaneous_law(k, eta, mu) == pytest.approx(simultaneous, rel=1e-9, abs=1e-12)
+    for n in (2, 3):
+        assert th.recursion(th.sgd(eta, mu, n_dis=n), [k])[1][0, 1, 1] == pytest.approx(
+            float(th.alternating_law(k, n * eta, mu)) / n, rel=1e-9)
+    if eta == mu:       # the mean of theta_1..theta_k, as a third state that adds them up
+        total = th_variance([[1, -eta, 0], [mu, 1 - x, 0], [mu, 1 - x, 1]], [[eta], [x], [x]], k)
+        assert th.polyak_law(k, x) == pytest.approx(total[2, 2] / k ** 2, rel=1e-9)
+        polyak = th.recursion(lambda j: th.averaged(th.sgd(eta, mu), 1 / j), [k])[1][0, -1, -1]
+        assert polyak == pytest.approx(total[2, 2] / k ** 2, rel=1e-9)
+
+
+def test_theory_settled_laws_against_lyapunov():
+    def settled(matrix):
+        size = len(matrix)
+        turn, gain = matrix[:, :size], matrix[:, size:]
+        return solve_discrete_lyapunov(turn, 2 * gain @ gain.T)[-1, -1]
+    for eta, mu in ((0.3, 0.3), (0.4, 0.1), (0.05, 0.05), (0.2, 0.02)):
+        x = eta * mu
+        for law, matrix in (
+                [(th.SETTLED["r1"](eta, mu, g), th.sgd(eta, mu, g)) for g in (0.1, 0.5, 2.0)]
+                + [(th.SETTLED["momentum"](x, b), th.momentum(eta, mu, -b)) for b in (0.2, 0.5)]
+                + [(th.SETTLED["omd"](x), th.optimistic(eta, mu)),
+                   (th.SETTLED["eg"](x), th.extragradient(eta, mu)),
+                   (th.SETTLED["eg, fresh"](x), th.extragradient(eta, mu, True))]):
+            assert law == pytest.approx(settled(matrix), rel=1e-9)
+
+
+def test_theory_methods_are_their_updates():
+    """The matrices against the updates written out for numbers."""
+    rng = np.random.default_rng(0)
+    eta, mu, gamma, beta = 0.3, 0.2, 0.7, -0.4
+    w, theta, a, b, xi, xi2, mean = rng.normal(size=7)
+    near = pytest.approx
+    w1 = w + eta * (xi - theta - gamma * w)
+    w2 = w1 + eta * (xi2 - theta - gamma * w1)
+    assert th.sgd(eta, mu, gamma) @ [w, theta, xi] == near([w1, theta + mu * w1])
+    assert th.sgd(eta, mu, gamma, 2) @ [w, theta, xi, xi2] == near([w2, theta + mu * w2])
+    assert th.sgd(eta, mu, gamma, 1, False) @ [w, theta, xi] == near([w1, theta + mu * w])
+    assert th.optimistic(eta, mu) @ [w, a, b, theta, xi] == near(
+        [w + 2 * eta * (xi - theta) - eta * a, xi - theta, w, theta + 2 * mu * w - mu * b])
+    assert th.extragradient(eta, mu, True) @ [w, theta, xi, xi2] == near(
+        [w + eta * (xi2 - (theta + mu * w)), theta + mu * (w + eta * (xi - theta))])
+    assert th.extragradient(eta, mu) @ [w, theta, xi] == near(
+        [w + eta * (xi - (theta + mu * w)), theta + mu * (w + eta * (xi - theta))])
+    move_w = beta * a + xi - theta
+    move_theta = beta * b + w + eta * move_w
+    assert th.momentum(eta, mu, beta) @ [w, a, b, theta, xi] == near(
+        [w + eta * move_w, move_w, move_theta, theta + mu * move_theta])
+    assert (th.averaged(th.sgd(eta, mu, gamma), 0.1) @ [w, theta, mean, xi])[-1] == near(
+        0.9 * mean + 0.1 * (theta + mu * w1))
+    twice = th.sgd(eta, mu) @ [*(th.sgd(eta, mu) @ [w, theta, xi]), xi2]
+    assert th.epoch(th.sgd(eta, mu), 2) @ [w, theta, xi, xi2] == near(twice)
+
+
+def test_theory_alternating_energy_grows_linearly():
+    for eta, mu in STEPS:
+        mean, cov = th.recursion(th.sgd(eta, mu), range(1, 200))
+        second = cov + mean[:, :, None] * mean[:, None, :]      # m = 1
+        energy = mu * second[:, 0, 0] - eta * mu * second[:, 0, 1] + eta * second[:, 1, 1]
+        start = mu - eta * mu + eta
+        exact = start + 2 * eta ** 2 * mu * np.arange(1, 200)
+        assert energy == pytest.approx(exact, rel=1e-9)
+
+
+def test_theory_flow_steps_converge_to_the_law():
+    for power, angle in ((0.0, 2.0), (0.75, 3.0), (1.0, 3.0)):
+        exact = th.power_law(angle, power)
+        errors = [abs(th.recursion(th.flow(angle / n, power), [n])[1][0, 1, 1] - exact)
+                  for n in (50, 100)]
+        assert errors[1] < 2e-4 * exact
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)     # of order h^2
+
+
+def test_theory_finite_covariances_by_enumeration():
+    images = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64)
+    images = images / images.std(correction=0)
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    batches = images[orders].unflatten(1, (2, 2)).mean(2)              # (24, 2)
+    gen = core.generator(0, "cpu")
+    exact = 2 * (batches.T @ batches / len(batches)).numpy()
+    assert th.finite(images, 2, "epoch", gen)[1] == pytest.approx(exact, rel=1e-12)
+    assert th.finite(images, 2, "subset", gen)[1] == pytest.approx(exact[:1, :1], rel=1e-12)
+    assert th.finite(images, 4, "epoch", gen)[1] == pytest.approx(np.zeros((1, 1)))
+    for scheme in ("iid", "subset", "epoch"):
+        draw, cov = th.finite(images, 2, scheme, gen)
+        xi = draw(40_000)
+        assert xi.shape == (2 if scheme == "epoch" else 1, 40_000)
+        measured = 2 * (xi @ xi.T / 40_000).numpy()
+        assert measured == pytest.approx(cov, abs=0.03)
+    draw, _ = th.finite(images, 4, "subset", gen)
+    assert draw(10).abs().max() < 1e-12                                # all four: no noise
+
+
+def test_theory_mcshane_attains_equation_11():
+    gen = core.generator(0, "cpu")
+    x1, x2 = torch.randn(2, 5, 9, generator=gen, dtype=torch.float64)
+    delta = (x1 - x2).norm(dim=1)
+    lipschitz, f1, f2 = 1.7, torch.full((5,), 0.8).double(), torch.full((5,), 1.1).double()
+
+    def f(x):
+        return th.mcshane(x, (x1, x2), (f1, f2), lipschitz)
+    assert torch.allclose(f(x1), f1) and torch.allclose(f(x2), f2)
+    for lam in (0.1, 0.5, 0.8):
+        right_side = torch.maximum(f1 - lipschitz * (1 - lam) * delta, f2 - lipschitz * lam * delta)
+        assert torch.allclose(f(lam * x1 + (1 - lam) * x2), right_side, atol=1e-12)
+    a, b = torch.randn(2, 5, 9, generator=gen, dtype=torch.float64)
+    assert ((f(a) - f(b)).abs() <= lipschitz * (a - b).norm(dim=1) + 1e-12).all()
+
+
+def test_theory_lipschitz_bound_holds():
+    gen = core.generator(0, "cpu")
+    x = torch.randn(64, 256, generator=gen)
+    D = th.train_critic(x, -x, x / 2, 0.5, 3, 0)
+    product = math.prod(torch.linalg.svdvals(m.weight)[0].item() for m in D if hasattr(m, "weight"))
+    bound = th.lipschitz_bound(D)
+    assert bound == pytest.approx(product, rel=1e-9)
+    a, b = torch.randn(2, 500, 256, generator=gen, dtype=torch.float64)
+    assert ((D(a) - D(b)).abs() / (a - b).norm(dim=1)).max() <= bound
+
+
+def test_theory_smoke(tmp_path, capsys):
+    flags = ["--smoke", "--device", "cpu", "--outdir", str(tmp_path)]
+    result = th.main(flags)
+    folder = tmp_path / "theory_sde" / "smoke"
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(folder / "result.json"),
+                                                         str(folder / "figure.png")]
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    names = "const_sde inverse_t_sde power_sde alternating simultaneous r1 n_critic omd eg momentum"
+    for name in [*names.split(), "ema", "polyak", "finite", "theorem3"]:
+        assert any(row["check"].startswith(name) for row in result["rows"]), name
+    for row in result["rows"]:
+        assert {"check", "section", "k", "t", "m", "eta", "mu", "exact", "measured", "halfwidth",
+                "z"} <= set(row)
+        if row["section"] == 5:
+            assert row["measured"] == 0                                 # violations of the bound
+    z = np.array([row["z"] for row in result["rows"] if row["z"] is not None])
+    assert abs(z).max() < th.Z_MAX and (z ** 2).mean() == pytest.approx(1, abs=0.4)
+    with pytest.raises(core.UserError, match="--resume"):
+        th.main(flags)
+    (folder / "figure.png").unlink()
+    th.main(["--plot", str(folder)])
+    assert (folder / "figure.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("name", ["alternating_law", "flow_law"])
+def test_theory_wrong_law_is_found(tmp_path, monkeypatch, name):
+    law = getattr(th, name)
+    monkeypatch.setattr(th, name, lambda *args: 1.3 * law(*args))
+    monkeypatch.setattr(th, "plot", lambda folder: None)
+    with pytest.raises(SystemExit) as stop:
+        th.main(["--smoke", "--device", "cpu", "--section", "1", "--outdir", str(tmp_path)])
+    assert stop.value.code not in (0, None)
+    assert (tmp_path / "theory_sde" / "smoke" / "result.json").exists()
+
+
+def test_theory_violated_bound_is_found():
+    row = {"check": "theorem3", "section": 5, "z": None, "measured": 0}
+    assert not th.failures([row]) and th.failures([{**row, "measured": 1}]) == ["theorem3"]
+    assert th.failures([{"check": "omd", "section": 3, "z": math.nan, "measured": 1.0}]) == ["omd"]
