@@ -82,8 +82,6 @@ def train_flags(parser):
         g.add_argument(flag, type=kind, help=text)
     g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
     g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
-    g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
-                   help="step sizes fall to 0 over the second half of the run")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images")
     g.add_argument("--gp-comb", action=argparse.BooleanOptionalAction,
                    help="let the penalty reach the extra negatives too")
@@ -243,18 +241,15 @@ def write_result(folder, script, cfg, device, start, rows, paper):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that a first SIGINT or SIGTERM is put into; a second one stops at once."""
+    """Yield a list that the first SIGINT and SIGTERM are put into; a repeated one stops at once."""
     caught = []
 
     def handle(number, frame):
-        if caught:
+        if number in caught:
             sys.exit(128 + number)
         caught.append(number)
 
-    try:
-        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: leave the signals to their owner
-        old = {}
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -271,11 +266,9 @@ def run_all(run, cells, jobs, device):
     """
     jobs = jobs or (1 if device.type == "cuda" else os.cpu_count())
     waiting = [c for c in cells if not (c[1] / "row.json").exists()]
-    jobs, running, failed = min(jobs, len(waiting)), [], []
-    if jobs <= 1:
-        for cell in waiting:
-            run(*cell)
-        waiting = []
+    jobs, running, failed, told = min(jobs, len(waiting)), [], [], False
+    while jobs == 1 and waiting:
+        run(*waiting.pop(0))
     spawn = multiprocessing.get_context("spawn")
     with stop_signals() as caught:
         while running or (waiting and not caught):
@@ -285,8 +278,9 @@ def run_all(run, cells, jobs, device):
                     run, argparse.Namespace(**{**vars(cfg), "jobs": jobs}), folder)))
                 running[-1].start()
             multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.5)
-            for process in running:
-                if caught and process.is_alive():
+            if caught and not told:
+                told = True
+                for process in running:
                     process.terminate()
             failed += [p.name for p in running if p.exitcode]
             running = [p for p in running if p.exitcode is None]
@@ -620,16 +614,8 @@ class Trainer:
                     mean.copy_(now)
         return g_loss, grad_norm(self.G)
 
-    def set_lr(self):
-        """Step sizes of this update: constant, or falling to 0 over the second half of the run."""
-        left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
-        for opt, lr in ((self.opt_g, self.cfg.lr_g), (self.opt_d, self.cfg.lr_d)):
-            for group in opt.param_groups:
-                group["lr"] = lr * left
-
     def update(self):
         """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
-        self.set_lr()
         for _ in range(self.cfg.n_dis):
             d_loss, *d_rest = self.d_update()
         g_loss, g_grad = self.g_update()

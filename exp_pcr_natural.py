@@ -49,7 +49,7 @@ MODELS = {
 PRESETS = {
     "paper": dict(
         steps=None, d_steps=50_000, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.9,
-        z_dim=128, width=64, base=4, comb_weight=0.5, gp_comb=False, flip=False, lr_decay=False,
+        z_dim=128, width=64, base=4, comb_weight=0.5, gp_comb=False, flip=False,
         ema_beta=0.0,
         n_fid=10_000, n_real=None, dims=2048, checks=10, log_every=100),
     # DEVIATION: sized for two cores: half the width and batch, larger steps, few of them, and

@@ -28,7 +28,7 @@ PRESETS = {
         size=32, model="gan", arch="dcgan", loss="ns", norm_d="none", init_d="dcgan",
         gp_weight=0.0, gp_comb=False, n_dis=1, steps=600, batch=64, lr_g=2e-4, lr_d=2e-4,
         beta1=0.5, beta2=0.9, z_dim=128, width=64, base=4, comb_weight=0.5, flip=False,
-        lr_decay=False, ema_beta=0.0,
+        ema_beta=0.0,
         n_fid=1024, checks=60, sample_every=100, ckpt_every=100, log_every=10,
         seeds=[0, 1, 2, 3, 4]),
     # DEVIATION: a canvas and squares half as wide, and half the channels.

@@ -27,6 +27,8 @@ from scipy.linalg import solve_discrete_lyapunov, sqrtm
 import core
 import data
 import exp_pcr_natural
+import exp_pixel_combination
+import exp_sc
 import fid
 import geometry
 import theory_sde as th
@@ -49,7 +51,7 @@ def config(**changes):
         model="wgangp", arch="dcgan", size=8, channels=1, z_dim=4, width=4, norm_d="none",
         init_d="he", base=4, loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2,
         beta1=0.5, beta2=0.9,
-        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, lr_decay=True, ema_beta=0.9,
+        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, ema_beta=0.9,
         seed=0, jobs=1,
         log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
 
@@ -1157,6 +1159,119 @@ def test_mistakes_of_the_user(tmp_path, args, message):
     result = run_script("exp_pcr_natural.py", "--smoke", *args, cwd=tmp_path)
     assert message in one_line(result)
     assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------ exp_sc and exp_pixel_combination
+
+
+def sc_config(**changes):
+    return config(size=16, n_train=64, n_cover=300, batch=8, sc_counter="exact", arm="sc+pcr",
+                  **changes)
+
+
+def test_sc_discards_exactly_the_correct_fakes():
+    cfg = sc_config()
+    batch = core.to_float(torch.cat([geometry.draw(2, k, 16, 4, seed=k) for k in (0, 1, 2, 3)]))
+    hooks = exp_sc.hooks(cfg, None)
+    same, weight = hooks["correct"](None, batch)
+    assert torch.equal(same, batch)
+    torch.testing.assert_close(weight, torch.tensor([1, 1, 1, 1, 0, 0, 1, 1]) * 8 / 6)
+
+
+def test_pcr_draws_the_exact_and_and_or():
+    cfg = sc_config()
+    images, pool = exp_sc.training_set(cfg)
+    assert (geometry.count_exact(images, 4)[0] == 2).all() and len(images) == len(pool) == 64
+    trainer = core.Trainer(cfg, images, torch.device("cpu"), **exp_sc.hooks(cfg, pool))
+    n, clean = geometry.count_exact(trainer.combine(trainer, trainer.real()), 4)
+    assert clean.all() and set(n.tolist()) <= {1, 3} and len(n) == 8
+    assert [exp_sc.hooks(sc_config() if a == "sc+pcr" else argparse.Namespace(
+        **{**vars(cfg), "arm": a}), pool)["combine"] is not None for a in exp_sc.ARMS] == [
+        False, True, False, True]
+
+
+def test_coverage_against_brute_force(monkeypatch):
+    cfg = sc_config()
+    images, _ = exp_sc.training_set(cfg)
+    fresh = geometry.draw(250, 2, 16, 4, seed=9)
+    wrong = geometry.draw(30, 3, 16, 4, seed=3)
+    samples = torch.cat([fresh, images[:20], wrong])
+    monkeypatch.setattr(core, "generate", lambda *a, **k: samples.split(64))
+    row, pairs = exp_sc.coverage(None, cfg, images, n_show=20)
+    shown = {p.tobytes() for p in pairs[:, 0].numpy()}
+    flat_s, distances = samples.flatten(1).int(), []
+    for image, nearest in pairs:
+        apart = ((flat_s - image.flatten().int()) != 0).sum(1)
+        distances.append(apart.min().item())
+        assert (nearest != image).sum() == apart.min()
+    known = {x.numpy().tobytes() for x in images}
+    right = [x.numpy().tobytes() for x in samples[:270]]
+    assert row["coverage_exact"] == distances.count(0) and row["coverage_n"] == len(shown) == 20
+    assert row["distinct"] == len(set(right)) and row["distinct_train"] == len(known)
+    assert row["unseen_share"] == pytest.approx(sum(x not in known for x in right) / 270)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_sc_smoke(tmp_path, jobs):
+    result = exp_sc.main(["--smoke", "--outdir", str(tmp_path), "--jobs", jobs,
+                          "--arms", "vanilla", "sc+pcr"])
+    folder = tmp_path / "exp_sc" / "geometry-smoke"
+    for row in result["rows"]:
+        assert {"arm", "seed", "steps", "correct", "correct_exact", "hist", "coverage_exact",
+                "coverage_n", "distinct", "unseen_share"} <= set(row)
+        assert sum(row["hist"]) == pytest.approx(1) and row["steps"] == 4
+    assert [r["arm"] for r in result["rows"]] == ["vanilla", "sc+pcr"]
+    (folder / "figure.png").unlink()
+    exp_sc.main(["--plot", str(folder)])
+    assert Image.open(folder / "figure.png").width > 1000
+
+
+def test_toy_scores_by_hand():
+    cfg = argparse.Namespace(size=16, seed=3, n_fid=8, z_dim=2)
+    known = exp_pixel_combination.images_of(cfg)
+    assert geometry.count_exact(known, 4)[0].tolist() == [3, 3, 2, 4]
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            pick = known[[0, 0, 0, 1, 2, 3, 3, 3]]
+            return core.to_float(torch.cat([pick, pick * 0])[:len(x)])
+
+    trainer = argparse.Namespace(G=Net(2, 2), D=lambda x: x.mean((1, 2, 3)))
+    row = exp_pixel_combination.scorer(cfg, known, torch.device("cpu"))(trainer)
+    expected = {"share_a": 3, "share_b": 1, "share_and": 1, "share_or": 3, "share_2": 1,
+                "share_3": 4, "share_4": 3}
+    assert {k: row[k] * 8 for k in expected} == expected
+    assert row["d_a"] == pytest.approx(2 * 3 / 16 - 1, abs=1e-3)        # three squares of 16 px
+    assert row["d_or"] == pytest.approx(2 * 4 / 16 - 1, abs=1e-3)
+    assert row["d_three"] == pytest.approx(2 * 3 / 16 - 1, abs=1e-3)
+
+
+def test_pixel_combination_smoke(tmp_path):
+    result = exp_pixel_combination.main(["--smoke", "--outdir", str(tmp_path), "--seeds", "0"])
+    for row in result["rows"]:
+        assert {"arm", "seed", "step", "share_2", "share_3", "share_4", "share_a", "share_b",
+                "share_and", "share_or", "d_real", "d_and", "d_or", "d_random"} <= set(row)
+    assert [(r["arm"], r["step"]) for r in result["rows"]] == [
+        ("vanilla", 2), ("vanilla", 4), ("pcr", 2), ("pcr", 4)]
+    assert (tmp_path / "exp_pixel_combination" / "geometry-smoke" / "figure.png").exists()
+
+
+def one_run(cfg, folder):
+    """A run of run_all, in a process of its own."""
+    if cfg.fails:
+        raise UserError("broken on purpose")
+    core.write_json(folder / "row.json", {"threads": torch.get_num_threads(), "name": folder.name})
+
+
+def test_runs_side_by_side(tmp_path):
+    cells = [(argparse.Namespace(fails=False), tmp_path / name) for name in "abc"]
+    rows = core.run_all(one_run, cells, 2, torch.device("cpu"))
+    assert [r["name"] for r in rows] == ["a", "b", "c"]
+    assert {r["threads"] for r in rows} == {max(1, os.cpu_count() // 2)}
+    bad = [(argparse.Namespace(fails=f), tmp_path / n) for f, n in ((True, "d"), (False, "e"))]
+    with pytest.raises(UserError, match="failed.*: d; --resume"):
+        core.run_all(one_run, bad, 2, torch.device("cpu"))
+    assert (tmp_path / "e" / "row.json").exists()
 
 
 # --------------------------------------------------------------------------------- theory_sde.py
