@@ -82,6 +82,8 @@ def train_flags(parser):
         g.add_argument(flag, type=kind, help=text)
     g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
     g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
+    g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
+                   help="step sizes fall to 0 over the second half of the run")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images")
     g.add_argument("--gp-comb", action=argparse.BooleanOptionalAction,
                    help="let the penalty reach the extra negatives too")
@@ -212,6 +214,8 @@ def open_run(folder, cfg, resume):
         old = json.loads(path.read_text())["flags"]
         differ = [f"{k} was {old.get(k)}, is {cfg.get(k)}" for k in sorted({*old, *cfg})
                   if k not in FREE_TO_CHANGE and old.get(k) != cfg.get(k)]
+        if cfg.get("lr_decay") and old["steps"] != cfg["steps"]:
+            differ += [f"steps was {old['steps']}, is {cfg['steps']}, under --lr-decay"]
         if differ:
             raise UserError(f"{folder} was made with another configuration: {'; '.join(differ)}")
     write_json(path, {
@@ -513,6 +517,12 @@ def generate(G, n, z_dim, seed=0, batch=256):
     G.train(training)
 
 
+def check_batch(cfg, images):
+    """UserError if a batch needs more images than there are."""
+    if cfg.batch > len(images):
+        raise UserError(f"--batch {cfg.batch}: only {len(images)} training images")
+
+
 class Trainer:
     """G, D, their Adams, and one update of each: the step that every script runs.
 
@@ -524,8 +534,7 @@ class Trainer:
     METRICS = ("d_loss", "g_loss", "d_real", "d_fake", "d_comb", "gp", "kept", "d_grad", "g_grad")
 
     def __init__(self, cfg, data, device, combine=None, correct=None):
-        if cfg.batch > len(data):
-            raise UserError(f"--batch {cfg.batch}: only {len(data)} training images")
+        check_batch(cfg, data)
         self.cfg, self.device, self.combine, self.correct = cfg, device, combine, correct
         self.data = data.to(device)
         with torch.random.fork_rng():
@@ -614,8 +623,16 @@ class Trainer:
                     mean.copy_(now)
         return g_loss, grad_norm(self.G)
 
+    def set_lr(self):
+        """Step sizes of this update: constant, or falling to 0 over the second half of the run."""
+        left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
+        for opt, lr in ((self.opt_g, self.cfg.lr_g), (self.opt_d, self.cfg.lr_d)):
+            for group in opt.param_groups:
+                group["lr"] = lr * left
+
     def update(self):
         """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
+        self.set_lr()
         for _ in range(self.cfg.n_dis):
             d_loss, *d_rest = self.d_update()
         g_loss, g_grad = self.g_update()

@@ -28,7 +28,7 @@ PRESETS = {
         size=32, model="gan", arch="dcgan", loss="ns", norm_d="none", init_d="dcgan",
         gp_weight=0.0, gp_comb=False, n_dis=1, steps=600, batch=64, lr_g=2e-4, lr_d=2e-4,
         beta1=0.5, beta2=0.9, z_dim=128, width=64, base=4, comb_weight=0.5, flip=False,
-        ema_beta=0.0,
+        lr_decay=False, ema_beta=0.0,
         n_fid=1024, checks=60, sample_every=100, ckpt_every=100, log_every=10,
         seeds=[0, 1, 2, 3, 4]),
     # DEVIATION: a canvas and squares half as wide, and half the channels.
@@ -38,11 +38,11 @@ PRESETS = {
 }
 ARMS = {"vanilla": False, "pcr": True}
 NAMES = ("a", "b", "and", "or")
-COLOUR = {"a": "#000000", "b": "#777777", "and": "#D55E00", "or": "#0072B2", "random": "#CC79A7",
-          "three": "#009E73"}
-DASH = {"a": "-", "b": (0, (6, 1)), "and": "--", "or": "-.", "random": ":", "three": (0, (1, 2))}
-LABEL = {"a": "image A (3)", "b": "image B (3)", "and": "A AND B (2)", "or": "A OR B (4)",
-         "random": "random pixels", "three": "three others"}
+CURVES = {  # label, colour, dash; told apart in greyscale too
+    "real": ("A or B (three)", "#009E73", "-"), "and": ("A AND B (two)", "#D55E00", "--"),
+    "or": ("A OR B (four)", "#0072B2", "-."), "three": ("three elsewhere", "#000000", ":"),
+    "random": ("random pixels", "#CC79A7", (0, (1, 3))),
+}
 
 
 def flags():
@@ -59,6 +59,13 @@ def flags():
 def images_of(cfg):
     """A, B, their AND and their OR: uint8 (4, 1, H, W), of three, three, two and four squares."""
     return torch.cat(geometry.draw_pairs(1, cfg.size, cfg.size // 4, k=3, seed=cfg.seed))
+
+
+def copies(known):
+    """The training set, uint8 (128, 1, H, W)."""
+    # UNSPECIFIED: how batches come from two images. Drawn from 64 copies of each, so that a batch
+    # of 64 holds both in changing numbers.
+    return known[:2].repeat(64, 1, 1, 1)
 
 
 def scorer(cfg, known, device):
@@ -86,9 +93,7 @@ def scorer(cfg, known, device):
 def train(cfg, folder):
     """One arm and seed, from scratch or from its checkpoint -> trainer and the four images."""
     device, known = core.pick_device(cfg.device), images_of(cfg)
-    # UNSPECIFIED: how batches come from two images. Drawn from 64 copies of each, so that a batch
-    # of 64 holds both in changing numbers.
-    images, negatives = known[:2].repeat(64, 1, 1, 1), known[2:].to(device)
+    images, negatives = copies(known), known[2:].to(device)
 
     def combine(trainer, x_real):
         index = torch.randint(2, (len(x_real),), generator=trainer.gen, device=device)
@@ -107,7 +112,8 @@ def evaluate(cfg, folder, trainer, known):
     keys = ("step", *(f"share_{k}" for k in (2, 3, 4, *NAMES)), "d_and", "d_or", "d_random",
             "d_three")
     rows = [{"arm": cfg.arm, "seed": cfg.seed, **{k: r[k] for k in keys},
-             "d_real": (r["d_a"] + r["d_b"]) / 2, "n": cfg.n_fid}
+             "share_real": r["share_a"] + r["share_b"], "d_real": (r["d_a"] + r["d_b"]) / 2,
+             "n": cfg.n_fid}
             for r in core.read_rows(folder / "metrics.jsonl") if "share_a" in r]
     core.write_json(folder / "row.json", rows)
 
@@ -130,20 +136,14 @@ def plot(folder):
         here = [r for r in rows if r["arm"] == arm]
         seeds = sorted({r["seed"] for r in here})
 
-        def curves(key, here=here, seeds=seeds):
-            return [([r["step"] for r in here if r["seed"] == s],
-                     [r[key] for r in here if r["seed"] == s]) for s in seeds]
-
-        for name in NAMES:
-            core.band(left, curves(f"share_{name}"), LABEL[name], color=COLOUR[name],
-                      ls=DASH[name], lw=1.6)
-        core.band(left, curves("share_3"), "any with three", color="#999999", lw=0.8)
+        for name, (label, colour, dash) in CURVES.items():
+            for ax, prefix in ((left, "share_"), (middle, "d_")):
+                if prefix + name in here[0]:
+                    curves = [([r["step"] for r in here if r["seed"] == s],
+                               [r[prefix + name] for r in here if r["seed"] == s]) for s in seeds]
+                    core.band(ax, curves, label, color=colour, ls=dash, lw=1.6)
         left.set(title=f"{arm}: what the samples are (n={len(seeds)} seeds)", ylim=(0, 1),
                  xlabel="updates of G", ylabel="share of samples, exact to the pixel")
-        for name, key in (("a", "real"), ("and", "and"), ("or", "or"), ("three", "three"),
-                          ("random", "random")):
-            core.band(middle, curves(f"d_{key}"), "A and B" if key == "real" else LABEL[name],
-                      color=COLOUR[name], ls=DASH[name], lw=1.6)
         middle.set(title=f"{arm}: how D scores them", xlabel="updates of G", ylabel="logit of D")
         for ax in (left, middle):
             ax.legend(frameon=False, fontsize=7)
@@ -160,8 +160,8 @@ def plot(folder):
 def framed(x, known):
     """Images x (N, 1, H, W), each framed in the colour of the known image it equals, else grey."""
     same = (geometry.lit(x)[:, None] == geometry.lit(known)[None]).flatten(2).all(2)  # (N, 4)
-    table = [[int(COLOUR[n][i:i + 2], 16) for i in (1, 3, 5)] for n in NAMES]
-    table[0] = table[1] = [0, 158, 115]  # A and B in green: black frames would not show
+    table = [[int(CURVES[name][1][i:i + 2], 16) for i in (1, 3, 5)]
+             for name in ("real", "real", "and", "or")]
     return core.frame(x, [table[row.int().argmax()] if row.any() else [200, 200, 200]
                           for row in same])
 
@@ -177,6 +177,8 @@ def main(argv=None):
     cfg = core.resolve(args, PRESETS["paper"], PRESETS[name], preset=name, channels=1)
     if core.announce([cfg], args.dry_run):
         return {}
+    core.check_batch(cfg, copies(images_of(argparse.Namespace(size=cfg.size, seed=0))))
+    core.build(cfg)  # both before anything is written
     folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
     ones = [argparse.Namespace(**vars(cfg) | {"arm": a, "seed": s})

@@ -51,7 +51,7 @@ def config(**changes):
         model="wgangp", arch="dcgan", size=8, channels=1, z_dim=4, width=4, norm_d="none",
         init_d="he", base=4, loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2,
         beta1=0.5, beta2=0.9,
-        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, ema_beta=0.9,
+        gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, lr_decay=True, ema_beta=0.9,
         seed=0, jobs=1,
         log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
 
@@ -1141,6 +1141,16 @@ def test_pcr_natural_smoke_on_pictures(tmp_path, monkeypatch, model):
          "--outdir", str(tmp_path), "--split", "all", "--n-real", "8", "--ema-beta", "0.5",
          "--data-dir", str(tmp_path / "d")])
     assert len(result["rows"]) == 2 and all("best_fid_ema" in r for r in result["rows"])
+
+
+@pytest.mark.parametrize("script", ["exp_sc.py", "exp_pixel_combination.py"])
+@pytest.mark.parametrize("args, message", [
+    (["--batch", "1000000"], "--batch 1000000"), (["--size", "48"], "power of two"),
+    (["--lr-g", "-1"], "--lr-g is -1"), (["--arms", "none"], "invalid choice: 'none'"),
+])
+def test_mistakes_in_the_geometry_scripts(tmp_path, script, args, message):
+    assert message in one_line(run_script(script, "--smoke", *args, cwd=tmp_path))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("args, message", [
