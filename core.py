@@ -93,6 +93,15 @@ def train_flags(parser):
     g.add_argument("--out", type=Path, default=Path("grid.png"), help="where to write them")
 
 
+BOUNDS = {  # smallest and largest value that a training can have
+    **dict.fromkeys(("steps", "d_steps", "n_dis", "z_dim", "width", "checks", "jobs", "log_every",
+                     "eval_every", "sample_every", "ckpt_every"), (1, 10 ** 12)),
+    **dict.fromkeys(("batch", "n_fid"), (2, 10 ** 9)),
+    **dict.fromkeys(("lr_g", "lr_d", "gp_weight"), (0, math.inf)),
+    **dict.fromkeys(("beta1", "beta2", "ema_beta", "comb_weight"), (0, 0.999999)),
+}
+
+
 def resolve(args, *presets, **fixed):
     """Presets (dicts, later ones win), then the flags the user gave, then `fixed` -> Namespace.
 
@@ -102,25 +111,28 @@ def resolve(args, *presets, **fixed):
     cfg = {k: v for k, v in vars(args).items()
            if k not in ("sample", "n", "out", "plot", "dry_run")}
     given = {k: v for k, v in cfg.items() if v is not None}
+    if {"steps", "d_steps"} <= given.keys():
+        raise UserError("--steps and --d-steps: give one of them, n_dis gives the other")
     for layer in (*presets, given, fixed):
         if {"steps", "d_steps"} & layer.keys():  # the later word on the length counts
             cfg |= {"steps": None, "d_steps": None}
         cfg |= layer
-    cfg["seeds"] = cfg["seeds"] or [0]
+    for key, (low, high) in BOUNDS.items():
+        if cfg[key] is not None and not low <= cfg[key] <= high:
+            raise UserError(f"--{key.replace('_', '-')} is {cfg[key]}: "
+                            f"must be at least {low} and at most {high}")
+    cfg["seeds"], cfg["arms"] = (list(dict.fromkeys(cfg[k] or [0])) for k in ("seeds", "arms"))
+    if not all(0 <= seed < 2 ** 63 for seed in cfg["seeds"]):
+        raise UserError(f"--seeds {cfg['seeds']}: must be in [0, 2^63)")
+    if cfg["steps"] is None and cfg["d_steps"] < cfg["n_dis"]:
+        raise UserError(f"--d-steps {cfg['d_steps']}: less than one round of {cfg['n_dis']} n_dis")
     cfg["steps"] = cfg["steps"] or cfg["d_steps"] // cfg["n_dis"]
     cfg["d_steps"] = cfg["steps"] * cfg["n_dis"]
+    cfg["log_every"] = min(cfg["log_every"], cfg["steps"])
     for key in ("eval_every", "sample_every", "ckpt_every"):
         cfg[key] = cfg[key] or max(cfg["steps"] // cfg["checks"], 1)
-    for keys, low, high in [
-            (("steps", "batch", "n_dis", "z_dim", "width", "log_every", "eval_every",
-              "sample_every", "ckpt_every", "n_fid"), 1, math.inf),
-            (("lr_g", "lr_d", "gp_weight"), 0, math.inf),
-            (("beta1", "beta2", "ema_beta", "comb_weight"), 0, 0.999999)]:
-        for key in keys:
-            if not low <= cfg[key] <= high:
-                raise UserError(f"--{key.replace('_', '-')} is {cfg[key]}: "
-                                f"must be in [{low}, {'oo' if high > 1 else '1'})")
-    return argparse.Namespace(**cfg)
+    build(cfg := argparse.Namespace(**cfg))  # refuses sizes no network is defined at
+    return cfg
 
 
 def pick_device(name):
@@ -198,8 +210,8 @@ def git_hash():
         return None
 
 
-FREE_TO_CHANGE = {"resume", "jobs", "steps", "d_steps", "seeds", "arms", "outdir", "name", "device",
-                  "data_dir", "fid_weights"}
+FREE_TO_CHANGE = {"resume", "jobs", "seeds", "arms", "outdir", "name", "device", "data_dir",
+                  "fid_weights"}
 
 
 def open_run(folder, cfg, resume):
@@ -211,13 +223,15 @@ def open_run(folder, cfg, resume):
     if path.exists():
         if not resume:
             raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
-        old = json.loads(path.read_text())["flags"]
+        try:
+            old = json.loads(path.read_text())["flags"]
+        except (json.JSONDecodeError, KeyError):
+            raise UserError(f"{path} is damaged: choose another --name") from None
         differ = [f"{k} was {old.get(k)}, is {cfg.get(k)}" for k in sorted({*old, *cfg})
                   if k not in FREE_TO_CHANGE and old.get(k) != cfg.get(k)]
-        if cfg.get("lr_decay") and old["steps"] != cfg["steps"]:
-            differ += [f"steps was {old['steps']}, is {cfg['steps']}, under --lr-decay"]
         if differ:
-            raise UserError(f"{folder} was made with another configuration: {'; '.join(differ)}")
+            raise UserError(f"{folder} was made with another configuration, so choose another "
+                            f"--name: {'; '.join(differ)}")
     write_json(path, {
         "flags": cfg, "command": sys.argv, "git": git_hash(), "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__, "host": platform.machine(),
@@ -243,6 +257,17 @@ def write_result(folder, script, cfg, device, start, rows, paper):
     return result
 
 
+def read_result(folder, script):
+    """The result.json of a run folder of `script`; UserError if there is none."""
+    try:
+        result = read_json(folder / "result.json")
+    except json.JSONDecodeError:
+        result = None
+    if not result or result.get("script") != script:
+        raise UserError(f"{folder} holds no finished run of {script}.py")
+    return result
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Yield a list that the first SIGINT and SIGTERM are put into; a repeated one stops at once."""
@@ -264,13 +289,14 @@ def stop_signals():
 def run_all(run, cells, jobs, device):
     """run(cfg, folder) for every cell (cfg, folder) without a row.json; read all row.json.
 
-    With jobs > 1 each is a process of its own and they share the cores; jobs None is one on a
+    With jobs > 1 each is a process of its own, with its share of the cores; jobs None is one on a
     GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
-    A signal stops them all, saved; a run that fails leaves the others going. UserError names it.
+    A signal stops them all, saved. A process that fails leaves the others going; UserError names
+    it in the end.
     """
-    jobs = jobs or (1 if device.type == "cuda" else os.cpu_count())
+    jobs = jobs or (1 if device.type == "cuda" else cores())
     waiting = [c for c in cells if not (c[1] / "row.json").exists()]
-    jobs, running, failed, told = min(jobs, len(waiting)), [], [], False
+    running, failed, told = [], [], False
     while jobs == 1 and waiting:
         run(*waiting.pop(0))
     spawn = multiprocessing.get_context("spawn")
@@ -295,9 +321,14 @@ def run_all(run, cells, jobs, device):
     return [read_json(folder / "row.json") for _, folder in cells]
 
 
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run_alone(run, cfg, folder):
     """What one process of run_all does."""
-    torch.set_num_threads(max(1, os.cpu_count() // cfg.jobs))
+    torch.set_num_threads(max(1, cores() // cfg.jobs))
     cli(lambda: run(cfg, folder))
 
 
@@ -407,8 +438,12 @@ def build(cfg):
     """
     if cfg.size < 8 or cfg.size & (cfg.size - 1):
         raise UserError(f"--size {cfg.size}: the networks need a power of two of at least 8")
+    if cfg.base < 1 or cfg.base > cfg.size // 2 or cfg.base & (cfg.base - 1):
+        raise UserError(f"--base {cfg.base}: must be a power of two from 1 to {cfg.size // 2}")
     shape = (cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.norm_d)
     if cfg.arch == "resnet":
+        if cfg.model != "wgangp":
+            raise UserError("--arch resnet goes with --model wgangp")
         return resnet_pair(*shape)
     return dcgan_pair(*shape, cfg.init_d, cfg.base, sagan=cfg.model == "sagan")
 
@@ -537,7 +572,7 @@ class Trainer:
         check_batch(cfg, data)
         self.cfg, self.device, self.combine, self.correct = cfg, device, combine, correct
         self.data = data.to(device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.G, self.D = (net.to(device, memory_format=torch.channels_last)
                               for net in build(cfg))
@@ -593,6 +628,8 @@ class Trainer:
             d_loss = pcr_loss(self.on_real(d_real), loss_fake, self.on_fake(d_comb),
                               cfg.comb_weight)
         if cfg.gp_weight:
+            # UNSPECIFIED: whether the penalty under SC spares the discarded fakes. It does not: it
+            # holds between reals and whatever G draws.
             x_neg = x_fake
             if cfg.gp_comb and x_comb is not None:
                 # UNSPECIFIED: whether the penalty reaches the combinations. By default it does
@@ -646,6 +683,8 @@ class Trainer:
                 "config": plain(self.cfg)}
 
     def load(self, state):
+        if len(state["rng"]) != len(self.gen.get_state()):
+            raise UserError("the checkpoint was made on another kind of --device")
         for k in ("G", "D", "opt_g", "opt_d"):
             getattr(self, k).load_state_dict(state[k])
         if self.G_ema is not None:
@@ -672,11 +711,13 @@ def read_checkpoint(path):
 
 
 def sample_checkpoint(path, n, out, device):
-    """Draw n images from a checkpoint's G (its average, if kept) into the picture `out`."""
+    """Draw n images from a checkpoint's G into the picture `out`."""
+    if n < 1 or out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--n {n} --out {out}: need an image at least, and a name like grid.png")
     state = read_checkpoint(path)
     cfg = argparse.Namespace(**state["config"])
     G = build(cfg)[0].to(device)
-    G.load_state_dict(state["G_ema"] or state["G"])
+    G.load_state_dict(state["G"])
     save_grid(torch.cat(list(generate(G, n, cfg.z_dim))), out)
     print(out)
     return {"out": str(out), "n": n, "step": state["step"]}
@@ -743,8 +784,7 @@ def fit(trainer, folder, evaluate=None, best="fid"):
                     lowest = scores[best]
                     save(folder / "best.pt")
             if due(cfg.sample_every):
-                G = trainer.G_ema or trainer.G
-                save_grid(torch.cat(list(generate(G, 64, cfg.z_dim, seed=1))),
+                save_grid(torch.cat(list(generate(trainer.G, 64, cfg.z_dim, seed=1))),
                           folder / "samples" / f"{trainer.step:07d}.png")
             if caught or due(cfg.ckpt_every):
                 save(ckpt)

@@ -43,15 +43,15 @@ def download(url, path, md5=None, sha256=None):
     """
     kind, wanted = ("md5", md5) if md5 else ("sha256", sha256)
     print(f"downloading {url}")
-    with atomic(path) as tmp:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as source, open(tmp, "wb") as out:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as source, atomic(path) as tmp:
+            with open(tmp, "wb") as out:
                 while block := source.read(1 << 20):
                     out.write(block)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at "
-                            f"{path}") from None
-        check(tmp, kind, wanted, url)
+            check(tmp, kind, wanted, url)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise UserError(f"cannot download {url} ({error}): fetch it elsewhere and put it at "
+                        f"{path}") from None
 
 
 def check(path, kind, wanted, what):
@@ -99,11 +99,13 @@ def list_images(path):
     if path.is_dir():
         files = (Path(base) / f for base, _, files in os.walk(path) for f in files)
         found = [(str(f.relative_to(path)), s.st_size, s.st_mtime_ns) for f in files
-                 if f.suffix.lower() in SUFFIXES and not f.is_symlink() and (s := f.stat())]
+                 if f.suffix.lower() in SUFFIXES and not f.is_symlink()
+                 and not f.name.startswith("._") and (s := f.stat())]
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             found = [(i.filename, i.file_size, i.CRC) for i in z.infolist()
-                     if Path(i.filename).suffix.lower() in SUFFIXES]
+                     if Path(i.filename).suffix.lower() in SUFFIXES
+                     and not Path(i.filename).name.startswith("._")]
     else:
         what = "is no folder and no (whole) zip of images" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}")

@@ -85,7 +85,7 @@ ARMS = {
 
 
 def flags():
-    p = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="wgangp", choices=[*MODELS, "all"], help="(%(default)s)")
     p.add_argument("--dataset", default="cifar10",
@@ -115,19 +115,22 @@ def configure(args, model, dataset, device):
     size = args.size or data.SIZES.get(dataset, 64)
     return core.resolve(
         args, PRESETS["paper"], MODELS[model], {"width": 128} if args.arch == "resnet" else {},
-        PRESETS[name], CPU_STEPS[min(max(size, 32), 64), model] if name == "cpu" else {},
+        PRESETS[name], CPU_STEPS[32 if size <= 32 else 64, model] if name == "cpu" else {},
         preset=name, model=model, dataset=dataset, size=size,
         channels=1 if dataset == "geometry" else 3)
 
 
 def prepare(cfg):
-    """A cell's images, and its score of a trainer: FID and KID of n_fid fakes against them."""
+    """A cell's images, its score of a trainer (FID and KID of n_fid fakes), and what that is."""
     device = core.pick_device(cfg.device)
     images = data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
+    core.check_batch(cfg, images)
     net = fid.Pixels() if cfg.dataset == "geometry" else fid.load_inception(
         dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir, device=device)
-    order = torch.randperm(len(images), generator=core.generator(0, "cpu"))
-    reference = fid.reference(net, images[order[:cfg.n_real]], cfg.data_dir / "cache")
+    order = torch.randperm(len(images), generator=core.generator(0, "cpu"))[:cfg.n_real]
+    if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
+        raise core.UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
+    reference = fid.reference(net, images[order], cfg.data_dir / "cache")
 
     def score(trainer):
         row = fid.score(net, *reference, core.generate(trainer.G, cfg.n_fid, cfg.z_dim))
@@ -136,7 +139,7 @@ def prepare(cfg):
             row |= {f"{k}_ema": v for k, v in fid.score(net, *reference, ema).items()}
         return row
 
-    return images, score, net.label
+    return images, score, {"score": net.label, "features": net.id, "n_real": len(order)}
 
 
 def run_name(row):
@@ -144,15 +147,15 @@ def run_name(row):
 
 
 def train(cfg, folder):
-    """One arm and seed, from scratch or from its checkpoint -> the label of its score."""
-    images, score, label = prepare(cfg)
+    """One arm and seed, from scratch or from its checkpoint -> what its score is."""
+    images, score, protocol = prepare(cfg)
     trainer = core.Trainer(cfg, images, core.pick_device(cfg.device), combine=ARMS[cfg.arm])
-    core.open_run(folder, cfg, cfg.resume)
+    core.open_run(folder, {**vars(cfg), **protocol}, cfg.resume)
     core.fit(trainer, folder, score)
-    return label
+    return protocol
 
 
-def evaluate(cfg, folder, label):
+def evaluate(cfg, folder, protocol):
     """The result row of a finished run, from its metrics.jsonl: best checkpoint and whole curve."""
     scored = [r for r in core.read_rows(folder / "metrics.jsonl") if "fid" in r]
     best = min(scored, key=lambda r: r["fid"])
@@ -160,7 +163,7 @@ def evaluate(cfg, folder, label):
            "best_fid": best["fid"], "best_step": best["step"], "best_d_steps": best["d_steps"],
            "fid_curve": [[r["step"], r["d_steps"], r["fid"]] for r in scored],
            "kid": best["kid"], "kid_std": best["kid_std"], "n_fid": cfg.n_fid,
-           "n_real": cfg.n_real, "split": cfg.split, "score": label}
+           "split": cfg.split, **protocol}
     if cfg.ema_beta:
         row["best_fid_ema"] = min(r["fid_ema"] for r in scored)
     core.write_json(folder / "row.json", row)
@@ -190,7 +193,7 @@ def summary(rows):
 
 def plot(folder):
     """figure.png from the files: FID over D updates by arm, and each arm's last fixed-z grid."""
-    result = core.read_json(folder / "result.json")
+    result = core.read_result(folder, Path(__file__).stem)
     rows, cells = result["rows"], sorted({(r["dataset"], r["model"]) for r in result["rows"]})
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     fig = Figure(figsize=(4.2 + 2.3 * len(arms), 2.9 * len(cells)), layout="constrained")
@@ -204,12 +207,13 @@ def plot(folder):
             if curves:
                 core.band(ax, curves, f"{arm} (n={len(curves)})", marker="o", ms=3,
                           **core.STYLE[arm])
-        for arm, value in zip(("vanilla", "pcr"), PAPER.get((dataset, model), ())):
+        paper = PAPER.get((dataset, model), ()) if here[0]["score"].startswith("FID") else ()
+        for arm, value in zip(("vanilla", "pcr"), paper):
             ax.axhline(value, lw=0.8, color=core.STYLE[arm]["color"], ls=(0, (1, 3)))
             ax.annotate(f"paper {arm} {value}", (1, value), xycoords=("axes fraction", "data"),
-                        ha="right", va="bottom", fontsize=7)
+                        ha="right", va="bottom" if value == max(paper) else "top", fontsize=7)
         ax.set(title=f"{Path(dataset).name}, {model}", xlabel="updates of D", ylim=(0, None),
-               ylabel=f"{here[0]['score']}, {here[0]['n_fid']} fakes")
+               xlim=(0, None), ylabel=f"{here[0]['score']}, {here[0]['n_fid']} fakes")
         ax.legend(frameon=False, fontsize=8)
         for arm, panel in zip(arms, panels):
             panel.axis("off")
@@ -219,6 +223,7 @@ def plot(folder):
                 panel.imshow(imread(grids[-1]), interpolation="nearest")
                 panel.set_title(f"{arm}, step {int(grids[-1].stem)}", fontsize=9)
     core.save_figure(fig, folder)
+    return result
 
 
 def main(argv=None):
@@ -234,21 +239,22 @@ def main(argv=None):
     if core.announce(cells, args.dry_run):
         return {}
     for cfg in cells:  # what is missing or wrong shows here, before anything is written
-        core.check_batch(cfg, prepare(cfg)[0])
-        core.build(cfg)
+        prepare(cfg)
     name = args.name or f"{Path(args.dataset).stem}-{args.model}-{cells[0].preset}"
     folder = core.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
     ones = [argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
-            for cfg in cells for seed in cfg.seeds for arm in args.arms]
+            for cfg in cells for seed in cfg.seeds for arm in cfg.arms]
     rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],
                         cells[0].jobs, device)
     for cell in summary(rows):
         print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in cell.items()))
-    result = core.write_result(folder, Path(__file__).stem, cells[0], device, start, rows,
-                               {"table_1": summary(rows)})
-    plot(folder)
-    return result
+        for row in rows:
+            if all(row[k] == cell[k] for k in ("dataset", "model", "arm")):
+                row |= {k: cell[k] for k in ("boost_percent", "paper")}
+    core.write_result(folder, Path(__file__).stem, cells[0], device, start, rows, {
+        f"{d}, {m}": {"vanilla": v, "pcr": p} for (d, m), (v, p) in PAPER.items()})
+    return plot(folder)
 
 
 if __name__ == "__main__":

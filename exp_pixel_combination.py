@@ -85,7 +85,10 @@ def scorer(cfg, known, device):
         for name in NAMES:  # the same lit pixels, every one
             same = geometry.lit(x) == geometry.lit(shown[name])
             row[f"share_{name}"] = same.flatten(1).all(1).float().mean().item()
-        return row | {f"d_{k}": trainer.D(v).mean().item() for k, v in shown.items()}
+        trainer.D.eval()
+        row |= {f"d_{k}": trainer.D(v).mean().item() for k, v in shown.items()}
+        trainer.D.train()
+        return row
 
     return score
 
@@ -128,7 +131,8 @@ def run_name(row):
 
 def plot(folder):
     """figure.png from the files: shares of samples, D's scores, the four images and samples."""
-    rows = core.read_json(folder / "result.json")["rows"]
+    result = core.read_result(folder, Path(__file__).stem)
+    rows = result["rows"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     fig = Figure(figsize=(11, 3.3 * len(arms)), layout="constrained")
     axes = fig.subplots(len(arms), 3, squeeze=False, width_ratios=[1.25, 1.25, 1])
@@ -155,6 +159,7 @@ def plot(folder):
         right.set_title("A, B, AND, OR; below, samples\nframed if equal to one", fontsize=9)
         right.axis("off")
     core.save_figure(fig, folder)
+    return result
 
 
 def framed(x, known):
@@ -177,18 +182,18 @@ def main(argv=None):
     cfg = core.resolve(args, PRESETS["paper"], PRESETS[name], preset=name, channels=1)
     if core.announce([cfg], args.dry_run):
         return {}
+    if cfg.size < 16:
+        raise core.UserError(f"--size {cfg.size}: must be at least 16")
     core.check_batch(cfg, copies(images_of(argparse.Namespace(size=cfg.size, seed=0))))
-    core.build(cfg)  # both before anything is written
     folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
     ones = [argparse.Namespace(**vars(cfg) | {"arm": a, "seed": s})
-            for a in args.arms for s in cfg.seeds]
+            for a in cfg.arms for s in cfg.seeds]
     rows = sum(core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
                             device), [])
-    result = core.write_result(folder, Path(__file__).stem, cfg, device, start, rows, {
+    core.write_result(folder, Path(__file__).stem, cfg, device, start, rows, {
         "figure_3": "AND and OR are drawn, and scored like the reals in the earlier stage"})
-    plot(folder)
-    return result
+    return plot(folder)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def hooks(cfg, pool):
 
     def discard(trainer, x_fake):
         # UNSPECIFIED: how strict the counting algorithm is. The tolerant one cures sooner; the
-        # exact one leaves D the ragged images of two rectangles to learn from.
+        # exact one leaves D the ragged images of two rectangles to learn from. UNSPECIFIED:
+        # whether they are replaced (Section 5.1) or discarded (Section 5.2, Appendix F).
         realism = correct(x_fake, cfg.size // 4, cfg.sc_counter).float()
         return core.sample_correction(x_fake, realism, threshold=0.5)
 
@@ -167,7 +168,8 @@ def run(cfg, folder):
 def plot(folder):
     """figure.png from the files: what each arm draws, share correct over training, counts, modes.
     """
-    rows = core.read_json(folder / "result.json")["rows"]
+    result = core.read_result(folder, Path(__file__).stem)
+    rows = result["rows"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     steps = max(r["steps"] for r in rows)
     fig = Figure(figsize=(10, 7.4), layout="constrained")
@@ -204,16 +206,17 @@ def plot(folder):
     right.set(xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"], ylabel="share of images",
               xlabel="rectangles in an image (tolerant counter)", ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=8)
-    ax, best = bottom.subplots(), rows[-1]
-    with np.load(folder / run_name(best) / "samples.npz") as saved:
+    ax, last = bottom.subplots(), rows[-1]
+    with np.load(folder / run_name(last) / "samples.npz") as saved:
         ax.imshow(core.grid(torch.from_numpy(saved["pairs"]).flatten(0, 1)[:, None], 20),
                   cmap="gray", interpolation="nearest")
     ax.axis("off")
-    ax.set_title(f"{best['arm']}: training image | nearest of {best['n_cover']:,} samples: "
-                 f"{best['coverage_exact']} of {best['coverage_n']} found exactly; "
-                 f"{100 * best['unseen_share']:.0f}% of correct samples are no training image",
+    ax.set_title(f"{last['arm']}: training image | nearest of {last['n_cover']:,} samples: "
+                 f"{last['coverage_exact']} of {last['coverage_n']} found exactly; "
+                 f"{100 * last['unseen_share']:.0f}% of correct samples are no training image",
                  fontsize=9)
     core.save_figure(fig, folder)
+    return result
 
 
 def mean(rows, arm, key):
@@ -235,20 +238,21 @@ def main(argv=None):
     cfg = core.resolve(args, PRESETS["paper"], PRESETS[name], preset=name, channels=1)
     if core.announce([cfg], args.dry_run):
         return {}
+    if cfg.size < 16 or cfg.n_train < 2 or cfg.n_train % 2 or cfg.n_cover < 1:
+        raise core.UserError(f"--size {cfg.size} must be at least 16, --n-train {cfg.n_train} "
+                             f"even and at least 2, --n-cover {cfg.n_cover} at least 1")
     core.check_batch(cfg, training_set(cfg)[0])  # before anything is written
-    core.build(cfg)
     folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
-    ones = [argparse.Namespace(**vars(cfg), arm=a, seed=s) for s in cfg.seeds for a in args.arms]
+    ones = [argparse.Namespace(**vars(cfg), arm=a, seed=s) for s in cfg.seeds for a in cfg.arms]
     rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
                         device)
-    for arm in args.arms:
+    for arm in cfg.arms:
         print(f"{arm:8s}" + "".join(f"  {k} {mean(rows, arm, k):.3f}" for k in (
             "correct", "correct_exact", "coverage_exact", "distinct", "unseen_share")))
-    result = core.write_result(folder, Path(__file__).stem, cfg, device, start, rows,
+    core.write_result(folder, Path(__file__).stem, cfg, device, start, rows,
                                {"correct": PAPER, "coverage": "most of 30, Figure 7"})
-    plot(folder)
-    return result
+    return plot(folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -64,13 +65,6 @@ def tiny_data(n=16, size=8):
 def run_script(name, *args, cwd=None):
     return subprocess.run([sys.executable, HERE / name, *map(str, args)], capture_output=True,
                           text=True, cwd=cwd, timeout=300)
-
-
-def one_line(result):
-    """The error of a command that ended as a user's mistake should."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stderr.strip().splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------- networks
@@ -1143,14 +1137,14 @@ def test_pcr_natural_smoke_on_pictures(tmp_path, monkeypatch, model):
     assert len(result["rows"]) == 2 and all("best_fid_ema" in r for r in result["rows"])
 
 
-@pytest.mark.parametrize("script", ["exp_sc.py", "exp_pixel_combination.py"])
+@pytest.mark.parametrize("script", [exp_sc, exp_pixel_combination])
 @pytest.mark.parametrize("args, message", [
     (["--batch", "1000000"], "--batch 1000000"), (["--size", "48"], "power of two"),
+    (["--size", "8"], "at least 16"),
     (["--lr-g", "-1"], "--lr-g is -1"), (["--arms", "none"], "invalid choice: 'none'"),
 ])
-def test_mistakes_in_the_geometry_scripts(tmp_path, script, args, message):
-    assert message in one_line(run_script(script, "--smoke", *args, cwd=tmp_path))
-    assert not (tmp_path / "runs").exists()
+def test_mistakes_in_the_geometry_scripts(tmp_path, monkeypatch, capsys, script, args, message):
+    assert message in mistake(script, args, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("args, message", [
@@ -1159,16 +1153,36 @@ def test_mistakes_in_the_geometry_scripts(tmp_path, script, args, message):
     (["--dataset", "geometry", "--batch", "100000"], "--batch 100000"),
     (["--dataset", "geometry", "--steps", "0"], "--steps is 0"),
     (["--dataset", "geometry", "--beta1", "1.5"], "--beta1 is 1.5"),
+    (["--dataset", "geometry", "--base", "3"], "--base 3"),
+    (["--dataset", "geometry", "--size", "48"], "power of two"),
+    (["--dataset", "geometry", "--checks", "0"], "--checks is 0"),
+    (["--dataset", "geometry", "--batch", "1"], "--batch is 1"),
+    (["--dataset", "geometry", "--n-real", "1"], "--n-real 1"),
+    (["--dataset", "geometry", "--steps", "4", "--d-steps", "4"], "give one of them"),
+    (["--plot", "."], "no finished run of exp_pcr_natural.py"),
     (["--model", "gan"], "invalid choice: 'gan'"),
     (["--stepz", "3"], "unrecognized arguments: --stepz"),
     (["--dataset", "geometry", "--device", "cuda:99"], "not on this machine"),
     (["--arch", "resnet", "--model", "sagan"], "goes with --model wgangp"),
     (["--sample", "none.pt"], "none.pt does not exist"),
 ])
-def test_mistakes_of_the_user(tmp_path, args, message):
-    result = run_script("exp_pcr_natural.py", "--smoke", *args, cwd=tmp_path)
-    assert message in one_line(result)
-    assert not (tmp_path / "runs").exists()
+def test_mistakes_of_the_user(tmp_path, monkeypatch, capsys, no_network, args, message):
+    assert message in mistake(exp_pcr_natural, args, tmp_path, monkeypatch, capsys)
+
+
+def mistake(script, args, tmp_path, monkeypatch, capsys):
+    """The last line on stderr of a command that ends in exit code 2 and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        core.cli(lambda: script.main(["--smoke", *args]))
+    assert stopped.value.code == 2 and list(tmp_path.iterdir()) == []
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    result = run_script("exp_pcr_natural.py", "--smoke", "--dataset", "nowhere", cwd=tmp_path)
+    assert result.stderr == "exp_pcr_natural.py: error: nowhere does not exist\n"
+    assert result.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------ exp_sc and exp_pixel_combination
@@ -1186,6 +1200,24 @@ def test_sc_discards_exactly_the_correct_fakes():
     same, weight = hooks["correct"](None, batch)
     assert torch.equal(same, batch)
     torch.testing.assert_close(weight, torch.tensor([1, 1, 1, 1, 0, 0, 1, 1]) * 8 / 6)
+
+
+def test_counting_is_a_small_part_of_a_step():
+    cfg = argparse.Namespace(**{**vars(sc_config()), "size": 32, "width": 32, "batch": 64})
+    trainer = core.Trainer(cfg, geometry.draw(64, 2), torch.device("cpu"))
+    x = core.to_float(geometry.draw(64, 2, seed=1))
+
+    def best(f):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    step = best(trainer.update)
+    assert best(lambda: geometry.count(x)) < 0.2 * step
+    assert best(lambda: geometry.count_exact(x)) < 0.05 * step
 
 
 def test_pcr_draws_the_exact_and_and_or():
@@ -1246,7 +1278,11 @@ def test_toy_scores_by_hand():
             pick = known[[0, 0, 0, 1, 2, 3, 3, 3]]
             return core.to_float(torch.cat([pick, pick * 0])[:len(x)])
 
-    trainer = argparse.Namespace(G=Net(2, 2), D=lambda x: x.mean((1, 2, 3)))
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3))
+
+    trainer = argparse.Namespace(G=Net(2, 2), D=Mean())
     row = exp_pixel_combination.scorer(cfg, known, torch.device("cpu"))(trainer)
     expected = {"share_a": 3, "share_b": 1, "share_and": 1, "share_or": 3, "share_2": 1,
                 "share_3": 4, "share_4": 3}
