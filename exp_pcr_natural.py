@@ -62,10 +62,11 @@ PRESETS = {
 }
 # What two cores do in the same time, and what moves in so few steps: by pixels and model.
 CPU_STEPS = {
-    (32, "wgangp"): dict(steps=600, n_dis=3), (64, "wgangp"): dict(steps=150, n_dis=3),
-    (32, "lsgan"): dict(steps=1500), (64, "lsgan"): dict(steps=500),
+    (32, "wgangp"): dict(steps=600, n_dis=3), (32, "lsgan"): dict(steps=1500),
     (32, "sagan"): dict(steps=450, n_dis=2, lr_d=2e-3, beta1=0.0),
-    (64, "sagan"): dict(steps=150, n_dis=2, lr_d=2e-3, beta1=0.0),
+    (64, "wgangp"): dict(steps=120, n_dis=3, n_fid=96, checks=2),
+    (64, "lsgan"): dict(steps=300, n_fid=96, checks=2),
+    (64, "sagan"): dict(steps=120, n_dis=2, lr_d=2e-3, beta1=0.0, n_fid=96, checks=2),
 }
 
 
