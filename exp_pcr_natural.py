@@ -141,7 +141,8 @@ def prepare(cfg):
             row |= {f"{k}_ema": v for k, v in fid.score(net, *reference, ema).items()}
         return row
 
-    return images, score, {"score": net.label, "features": net.id, "n_real": len(order)}
+    return images, score, {"score": net.label, "features": net.id, "n_real": len(order),
+                           "dims": len(reference[0].mean)}
 
 
 def run_name(row):
@@ -241,7 +242,10 @@ def main(argv=None):
     if core.announce(cells, args.dry_run):
         return {}
     for cfg in cells:  # what is missing or wrong shows here, before anything is written
-        prepare(cfg)
+        protocol = prepare(cfg)[2]
+        note = fid.rank_note(min(cfg.n_fid, protocol["n_real"]), protocol["dims"])
+        print(f"scored by {protocol['score']} of {cfg.n_fid} fakes against {protocol['n_real']} "
+              f"training images{'; ' + note if note else ''}")
     name = args.name or f"{Path(args.dataset).stem}-{args.model}-{cells[0].preset}"
     folder = core.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
     ones = [argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
