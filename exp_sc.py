@@ -197,7 +197,7 @@ def plot(folder):
     left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
              xlim=(0, steps), title="thick: tolerant counter, thin: pixel-exact counter")
     left.title.set_fontsize(9)
-    left.legend(frameon=False, fontsize=8, loc="center right")
+    left.legend(frameon=False, fontsize=8, loc=(0.02, 0.6))
     for i, arm in enumerate(arms):
         share = np.mean([r["hist"] for r in rows if r["arm"] == arm], 0)
         right.bar(np.arange(5) + (i - (len(arms) - 1) / 2) * 0.2, share, 0.2, label=arm,
