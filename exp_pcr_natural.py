@@ -55,7 +55,7 @@ PRESETS = {
     # DEVIATION: sized for two cores: half the width and batch, larger steps, few of them, and
     # scores of a few hundred images, good for comparing the arms of one figure only.
     "cpu": dict(batch=32, width=32, lr_g=5e-4, lr_d=5e-4, n_fid=160, n_real=512, checks=3,
-                log_every=50),
+                log_every=20),
     "smoke": dict(
         jobs=1, steps=4, d_steps=None, n_dis=1, batch=8, width=8, z_dim=16,
         n_fid=16, n_real=32, checks=2, log_every=2),
@@ -64,9 +64,9 @@ PRESETS = {
 CPU_STEPS = {
     (32, "wgangp"): dict(steps=600, n_dis=3), (32, "lsgan"): dict(steps=1500),
     (32, "sagan"): dict(steps=450, n_dis=2, lr_d=2e-3, beta1=0.0),
-    (64, "wgangp"): dict(steps=120, n_dis=3, n_fid=96, checks=2),
-    (64, "lsgan"): dict(steps=300, n_fid=96, checks=2),
-    (64, "sagan"): dict(steps=120, n_dis=2, lr_d=2e-3, beta1=0.0, n_fid=96, checks=2),
+    (64, "wgangp"): dict(steps=80, n_dis=3, n_fid=64, checks=4),
+    (64, "lsgan"): dict(steps=200, n_fid=64, checks=4),
+    (64, "sagan"): dict(steps=80, n_dis=2, lr_d=2e-3, beta1=0.0, n_fid=64, checks=4),
 }
 
 
