@@ -1,25 +1,17 @@
-"""The shared core: runs, networks, losses, the two regularizers, the trainer, figures.
+"""The shared core: networks, losses, the two regularizers, the trainer.
 
 Letters in shapes: B batch, C channels, H height, W width, Z latent size, N images, F features.
 Images are uint8 in [0, 255] where they are stored and float32 in [-1, 1] where a network sees
 them. `step` counts updates of G, `d_steps` updates of D.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import platform
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,38 +19,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------- runs
+from harness import UserError, atomic, generator, plain, read_rows, save_grid, stop_signals
 
-
-class UserError(ValueError):
-    """A user's mistake. The message is the one line shown before exit code 2."""
-
-
-def cli(main):
-    """Run `main()` as a command: a user's mistake or a full disk is one line and exit code 2."""
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def run_flags(parser, presets):
-    """Flags that every script has. `presets` are the names `--preset` accepts."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--preset", choices=presets, help="default: paper on CUDA, cpu elsewhere")
-    g.add_argument("--smoke", action="store_const", const="smoke", dest="preset",
-                   help="the same as --preset smoke: seconds, to see that everything works")
-    g.add_argument("--seeds", type=int, nargs="+", help="one run each; default 0 or the preset's")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    g.add_argument("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
-    g.add_argument("--name", help="run folder; default: dataset, model and preset")
-    g.add_argument("--jobs", type=int, help="runs side by side; default one, on a CPU one a core")
-    g.add_argument("--resume", action="store_true", help="go on in an existing run folder")
-    g.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
-    g.add_argument("--plot", type=Path, metavar="RUN", help="redraw RUN/figure.png and stop")
+# ---------------------------------------------------------------------------- configuration
 
 
 def train_flags(parser):
@@ -133,203 +96,6 @@ def resolve(args, *presets, **fixed):
         cfg[key] = cfg[key] or max(cfg["steps"] // cfg["checks"], 1)
     build(cfg := argparse.Namespace(**cfg))  # refuses sizes no network is defined at
     return cfg
-
-
-def pick_device(name):
-    """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError if the machine lacks it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not on this machine; try --device cpu") from None
-    return device
-
-
-def generator(seed, device):
-    """A random stream of its own, so that evaluation never disturbs training."""
-    return torch.Generator(device).manual_seed(seed)
-
-
-def plain(value):
-    """`value` with paths, devices, tensors and the like turned into what JSON can hold."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path`; rename it there once the block ends without error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(plain(value), indent=1) + "\n")
-
-
-def read_json(path):
-    """The object in a .json file, or None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def read_rows(path):
-    """The rows of a metrics.jsonl, a torn last line left out; [] if there is none."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
-
-
-def git_hash():
-    """Commit of the code, `-dirty` behind it if changed, or None outside a checkout."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True,
-                              cwd=Path(__file__).parent, check=True, capture_output=True,
-                              timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-FREE_TO_CHANGE = {"resume", "jobs", "seeds", "arms", "outdir", "name", "device", "data_dir",
-                  "fid_weights"}
-
-
-def open_run(folder, cfg, resume):
-    """Create `folder` with its config.json, or reopen it under `--resume`; returns the Path.
-
-    Raises UserError if it exists and `resume` is false, or if it was made with another config.
-    """
-    folder, cfg, path = Path(folder), plain(cfg), Path(folder) / "config.json"
-    if path.exists():
-        if not resume:
-            raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
-        try:
-            old = json.loads(path.read_text())["flags"]
-        except (json.JSONDecodeError, KeyError):
-            raise UserError(f"{path} is damaged: choose another --name") from None
-        differ = [f"{k} was {old.get(k)}, is {cfg.get(k)}" for k in sorted({*old, *cfg})
-                  if k not in FREE_TO_CHANGE and old.get(k) != cfg.get(k)]
-        if differ:
-            raise UserError(f"{folder} was made with another configuration, so choose another "
-                            f"--name: {'; '.join(differ)}")
-    write_json(path, {
-        "flags": cfg, "command": sys.argv, "git": git_hash(), "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "host": platform.machine(),
-        "threads": torch.get_num_threads()})
-    return folder
-
-
-def announce(configs, dry_run):
-    """Print the resolved configurations; returns dry_run, so that a script can stop there."""
-    for cfg in configs:
-        print("  ".join(f"{k}={v}" for k, v in sorted(plain(cfg).items()) if v is not None))
-    return dry_run
-
-
-def write_result(folder, script, cfg, device, start, rows, paper):
-    """result.json: what was measured since `start`, the paper's numbers, and what was asked for."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    result = plain({"script": script, "preset": cfg.preset,
-                    "seconds": round(time.time() - start, 1),
-                    "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
-                    "rows": rows, "paper": paper, "config": cfg})
-    write_json(folder / "result.json", result)
-    return result
-
-
-def read_result(folder, script):
-    """The result.json of a run folder of `script`; UserError if there is none."""
-    try:
-        result = read_json(folder / "result.json")
-    except json.JSONDecodeError:
-        result = None
-    if not result or result.get("script") != script:
-        raise UserError(f"{folder} holds no finished run of {script}.py")
-    return result
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list that the first SIGINT and SIGTERM are put into; a repeated one stops at once."""
-    caught = []
-
-    def handle(number, frame):
-        if number in caught:
-            sys.exit(128 + number)
-        caught.append(number)
-
-    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def run_all(run, cells, jobs, device):
-    """run(cfg, folder) for every cell (cfg, folder) without a row.json; read all row.json.
-
-    With jobs > 1 each is a process of its own, with its share of the cores; jobs None is one on a
-    GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
-    A signal stops them all, saved. A process that fails leaves the others going; UserError names
-    it in the end.
-    """
-    jobs = jobs or (1 if device.type == "cuda" else cores())
-    waiting = [c for c in cells if not (c[1] / "row.json").exists()]
-    running, failed, told = [], [], False
-    while jobs == 1 and waiting:
-        run(*waiting.pop(0))
-    spawn = multiprocessing.get_context("spawn")
-    with stop_signals() as caught:
-        while running or (waiting and not caught):
-            while waiting and len(running) < jobs and not caught:
-                cfg, folder = waiting.pop(0)
-                running.append(spawn.Process(name=folder.name, target=run_alone, args=(
-                    run, argparse.Namespace(**{**vars(cfg), "jobs": jobs}), folder)))
-                running[-1].start()
-            multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.5)
-            if caught and not told:
-                told = True
-                for process in running:
-                    process.terminate()
-            failed += [p.name for p in running if p.exitcode]
-            running = [p for p in running if p.exitcode is None]
-    if caught:
-        sys.exit(128 + caught[0])
-    if failed:
-        raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
-    return [read_json(folder / "row.json") for _, folder in cells]
-
-
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def run_alone(run, cfg, folder):
-    """What one process of run_all does."""
-    torch.set_num_threads(max(1, cores() // cfg.jobs))
-    cli(lambda: run(cfg, folder))
 
 
 # --------------------------------------------------------------------------------- networks
@@ -800,58 +566,3 @@ def show(bar, name, trainer, row, scores, rate):
     bar.write(f"{name}  step {trainer.step:6d}  d_steps {trainer.d_steps:6d}  {numbers}  "
               f"{rate:6.2f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {latest}",
               file=sys.stdout)
-
-
-# ------------------------------------------------------------------------------------ figures
-
-# One colour and dash for each arm everywhere, told apart in greyscale too (Okabe and Ito 2008).
-STYLE = {
-    "vanilla": {"color": "#000000", "ls": "-"}, "pcr": {"color": "#D55E00", "ls": "--"},
-    "sc": {"color": "#0072B2", "ls": "-."}, "sc+pcr": {"color": "#009E73", "ls": (0, (5, 1))},
-    "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
-}
-
-
-def grid(images, columns=None, pad=1):
-    """uint8 (N, C, H, W) -> uint8 array (rows, columns, 3) of all images in a grid."""
-    images = images.cpu()
-    n, c, h, w = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    canvas = torch.full((rows * columns, 3, h + pad, w + pad), 128, dtype=torch.uint8)
-    canvas[:n, :, :h, :w] = images
-    canvas = canvas.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return canvas[:-pad, :-pad].numpy() if pad else canvas.numpy()
-
-
-def frame(images, colours, width=2):
-    """uint8 (N, C, H, W) and colours (N, 3) -> (N, 3, H + 2 width, W + 2 width), framed."""
-    out = torch.as_tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(
-        1, 1, *(s + 2 * width for s in images.shape[2:]))
-    out[:, :, width:-width, width:-width] = torch.as_tensor(images)
-    return out
-
-
-def save_grid(images, path, columns=None, least=256):
-    """Write a grid as an image file, enlarged by a whole factor to at least `least` px across."""
-    picture = Image.fromarray(grid(images, columns))
-    factor = max(1, math.ceil(least / picture.width))
-    picture = picture.resize((picture.width * factor, picture.height * factor), 0)
-    with atomic(path) as tmp:
-        picture.save(tmp)
-
-
-def band(ax, curves, label, **style):
-    """Mean over seeds as a line and their range as a band; curves: a list of (x, y) lists."""
-    shared = sorted(set.intersection(*(set(x) for x, _ in curves)))
-    ys = np.array([[dict(zip(x, y))[s] for s in shared] for x, y in curves])
-    line, = ax.plot(shared, ys.mean(0), label=label, **style)
-    if len(curves) > 1:
-        ax.fill_between(shared, ys.min(0), ys.max(0), color=line.get_color(), alpha=0.2, lw=0)
-
-
-def save_figure(fig, folder):
-    """Write figure.png and say where it and result.json are: the last two lines of a script."""
-    with atomic(folder / "figure.png") as tmp:
-        fig.savefig(tmp, dpi=150, bbox_inches="tight")
-    print(folder / "result.json", folder / "figure.png", sep="\n")

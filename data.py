@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import geometry
-from core import UserError, atomic
+from harness import UserError, atomic
 
 DATA_DIR = Path(os.environ.get("GAN_DATA", "data"))  # where --data-dir points by default
 NAMES = ("cifar10", "celeba", "imagenet", "geometry")

@@ -23,6 +23,7 @@ from matplotlib.image import imread
 import core
 import data
 import fid
+import harness
 
 # Table 1 of the paper, best FID of three runs: (vanilla, PCR).
 PAPER = {
@@ -106,7 +107,7 @@ def flags():
     p.add_argument("--n-real", type=int, help="training images in the reference (preset)")
     p.add_argument("--dims", type=int, choices=[64, 192, 768, 2048], help="FID features (preset)")
     p.add_argument("--fid-weights", help="Inception weights; default: data-dir or a download")
-    core.run_flags(p, PRESETS)
+    harness.run_flags(p, PRESETS)
     core.train_flags(p)
     return p
 
@@ -124,14 +125,14 @@ def configure(args, model, dataset, device):
 
 def prepare(cfg):
     """A cell's images, its score of a trainer (FID and KID of n_fid fakes), and what that is."""
-    device = core.pick_device(cfg.device)
+    device = harness.pick_device(cfg.device)
     images = data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
     core.check_batch(cfg, images)
     net = fid.Pixels() if cfg.dataset == "geometry" else fid.load_inception(
         dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir, device=device)
-    order = torch.randperm(len(images), generator=core.generator(0, "cpu"))[:cfg.n_real]
+    order = torch.randperm(len(images), generator=harness.generator(0, "cpu"))[:cfg.n_real]
     if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
-        raise core.UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
+        raise harness.UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
     reference = fid.reference(net, images[order], cfg.data_dir / "cache")
 
     def score(trainer):
@@ -152,15 +153,15 @@ def run_name(row):
 def train(cfg, folder):
     """One arm and seed, from scratch or from its checkpoint -> what its score is."""
     images, score, protocol = prepare(cfg)
-    trainer = core.Trainer(cfg, images, core.pick_device(cfg.device), combine=ARMS[cfg.arm])
-    core.open_run(folder, {**vars(cfg), **protocol}, cfg.resume)
+    trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), combine=ARMS[cfg.arm])
+    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume)
     core.fit(trainer, folder, score)
     return protocol
 
 
 def evaluate(cfg, folder, protocol):
     """The result row of a finished run, from its metrics.jsonl: best checkpoint and whole curve."""
-    scored = [r for r in core.read_rows(folder / "metrics.jsonl") if "fid" in r]
+    scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "fid" in r]
     best = min(scored, key=lambda r: r["fid"])
     row = {"dataset": str(cfg.dataset), "model": cfg.model, "arm": cfg.arm, "seed": cfg.seed,
            "best_fid": best["fid"], "best_step": best["step"], "best_d_steps": best["d_steps"],
@@ -169,7 +170,7 @@ def evaluate(cfg, folder, protocol):
            "split": cfg.split, **protocol}
     if cfg.ema_beta:
         row["best_fid_ema"] = min(r["fid_ema"] for r in scored)
-    core.write_json(folder / "row.json", row)
+    harness.write_json(folder / "row.json", row)
 
 
 def run(cfg, folder):
@@ -196,7 +197,7 @@ def summary(rows):
 
 def plot(folder):
     """figure.png from the files: FID over D updates by arm, and each arm's last fixed-z grid."""
-    result = core.read_result(folder, Path(__file__).stem)
+    result = harness.read_result(folder, Path(__file__).stem)
     rows, cells = result["rows"], sorted({(r["dataset"], r["model"]) for r in result["rows"]})
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     fig = Figure(figsize=(4.2 + 2.3 * len(arms), 2.9 * len(cells)), layout="constrained")
@@ -208,11 +209,11 @@ def plot(folder):
             curves = [([p[1] for p in r["fid_curve"]], [p[2] for p in r["fid_curve"]])
                       for r in here if r["arm"] == arm]
             if curves:
-                core.band(ax, curves, f"{arm} (n={len(curves)})", marker="o", ms=3,
-                          **core.STYLE[arm])
+                harness.band(ax, curves, f"{arm} (n={len(curves)})", marker="o", ms=3,
+                          **harness.STYLE[arm])
         paper = PAPER.get((dataset, model), ()) if here[0]["score"].startswith("FID") else ()
         for arm, value in zip(("vanilla", "pcr"), paper):
-            ax.axhline(value, lw=0.8, color=core.STYLE[arm]["color"], ls=(0, (1, 3)))
+            ax.axhline(value, lw=0.8, color=harness.STYLE[arm]["color"], ls=(0, (1, 3)))
             ax.annotate(f"paper {arm} {value}", (1, value), xycoords=("axes fraction", "data"),
                         ha="right", va="bottom" if value == max(paper) else "top", fontsize=7)
         ax.set(title=f"{Path(dataset).name}, {model}", xlabel="updates of D", ylim=(0, None),
@@ -225,7 +226,7 @@ def plot(folder):
             if grids:
                 panel.imshow(imread(grids[-1]), interpolation="nearest")
                 panel.set_title(f"{arm}, step {int(grids[-1].stem)}", fontsize=9)
-    core.save_figure(fig, folder)
+    harness.save_figure(fig, folder)
     return result
 
 
@@ -233,13 +234,13 @@ def main(argv=None):
     args, start = flags().parse_args(argv), time.time()
     if args.plot:
         return plot(args.plot)
-    device = core.pick_device(args.device)
+    device = harness.pick_device(args.device)
     if args.sample:
         return core.sample_checkpoint(args.sample, args.n, args.out, device)
     datasets = ["cifar10", "celeba", "imagenet"] if args.dataset == "all" else [args.dataset]
     models = list(MODELS) if args.model == "all" else [args.model]
     cells = [configure(args, m, d, device) for d in datasets for m in models]
-    if core.announce(cells, args.dry_run):
+    if harness.announce(cells, args.dry_run):
         return {}
     for cfg in cells:  # what is missing or wrong shows here, before anything is written
         protocol = prepare(cfg)[2]
@@ -247,10 +248,10 @@ def main(argv=None):
         print(f"scored by {protocol['score']} of {cfg.n_fid} fakes against {protocol['n_real']} "
               f"training images{'; ' + note if note else ''}")
     name = args.name or f"{Path(args.dataset).stem}-{args.model}-{cells[0].preset}"
-    folder = core.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
+    folder = harness.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
     ones = [argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
             for cfg in cells for seed in cfg.seeds for arm in cfg.arms]
-    rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],
+    rows = harness.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],
                         cells[0].jobs, device)
     for cell in summary(rows):
         print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}"
@@ -258,10 +259,10 @@ def main(argv=None):
         for row in rows:
             if all(row[k] == cell[k] for k in ("dataset", "model", "arm")):
                 row |= {k: cell[k] for k in ("boost_percent", "paper")}
-    core.write_result(folder, Path(__file__).stem, cells[0], device, start, rows, {
+    harness.write_result(folder, Path(__file__).stem, cells[0], device, start, rows, {
         f"{d}, {m}": {"vanilla": v, "pcr": p} for (d, m), (v, p) in PAPER.items()})
     return plot(folder)
 
 
 if __name__ == "__main__":
-    core.cli(main)
+    harness.cli(main)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 import core
 import geometry
+import harness
 
 # Section 4.2 gives the images and about 600 steps (Figure 3). UNSPECIFIED: everything else; the
 # loss here is the non-saturating one of eq. (1)'s example, f1 = log x, f2 = log(1 - x).
@@ -51,7 +52,7 @@ def flags():
     p.add_argument("--dataset", default="geometry", choices=["geometry"], help="(%(default)s)")
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(%(default)s)")
     p.add_argument("--size", type=int, help="canvas in pixels, squares are a quarter (preset)")
-    core.run_flags(p, PRESETS)
+    harness.run_flags(p, PRESETS)
     core.train_flags(p)
     return p
 
@@ -70,7 +71,7 @@ def copies(known):
 
 def scorer(cfg, known, device):
     """The score of a trainer: what its samples are, and how D scores reals, AND, OR, controls."""
-    side, gen = cfg.size // 4, core.generator(cfg.seed, "cpu")
+    side, gen = cfg.size // 4, harness.generator(cfg.seed, "cpu")
     density = (known[:2] > 127).float().mean()
     noise = (torch.rand(64, 1, cfg.size, cfg.size, generator=gen) < density).to(torch.uint8) * 255
     shown = dict(zip(NAMES, known.split(1)), random=noise,
@@ -95,7 +96,7 @@ def scorer(cfg, known, device):
 
 def train(cfg, folder):
     """One arm and seed, from scratch or from its checkpoint -> trainer and the four images."""
-    device, known = core.pick_device(cfg.device), images_of(cfg)
+    device, known = harness.pick_device(cfg.device), images_of(cfg)
     images, negatives = copies(known), known[2:].to(device)
 
     def combine(trainer, x_real):
@@ -103,7 +104,7 @@ def train(cfg, folder):
         return trainer.images(index, negatives)
 
     trainer = core.Trainer(cfg, images, device, combine=combine if ARMS[cfg.arm] else None)
-    core.open_run(folder, cfg, cfg.resume)
+    harness.open_run(folder, cfg, cfg.resume)
     core.fit(trainer, folder, scorer(cfg, known, device))
     return trainer, known
 
@@ -117,8 +118,8 @@ def evaluate(cfg, folder, trainer, known):
     rows = [{"arm": cfg.arm, "seed": cfg.seed, **{k: r[k] for k in keys},
              "share_real": r["share_a"] + r["share_b"], "d_real": (r["d_a"] + r["d_b"]) / 2,
              "n": cfg.n_fid}
-            for r in core.read_rows(folder / "metrics.jsonl") if "share_a" in r]
-    core.write_json(folder / "row.json", rows)
+            for r in harness.read_rows(folder / "metrics.jsonl") if "share_a" in r]
+    harness.write_json(folder / "row.json", rows)
 
 
 def run(cfg, folder):
@@ -131,7 +132,7 @@ def run_name(row):
 
 def plot(folder):
     """figure.png from the files: shares of samples, D's scores, the four images and samples."""
-    result = core.read_result(folder, Path(__file__).stem)
+    result = harness.read_result(folder, Path(__file__).stem)
     rows = result["rows"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     fig = Figure(figsize=(11, 3.3 * len(arms)), layout="constrained")
@@ -145,7 +146,7 @@ def plot(folder):
                 if prefix + name in here[0]:
                     curves = [([r["step"] for r in here if r["seed"] == s],
                                [r[prefix + name] for r in here if r["seed"] == s]) for s in seeds]
-                    core.band(ax, curves, label, color=colour, ls=dash, lw=1.6)
+                    harness.band(ax, curves, label, color=colour, ls=dash, lw=1.6)
         left.set(title=f"{arm}: what the samples are (n={len(seeds)} seeds)", ylim=(0, 1),
                  xlabel="updates of G", ylabel="share of samples, exact to the pixel")
         middle.set(title=f"{arm}: how D scores them", xlabel="updates of G", ylabel="logit of D")
@@ -155,10 +156,10 @@ def plot(folder):
             known, x = (torch.from_numpy(saved[k]) for k in ("known", "samples"))
         picture = [framed(known, known), torch.full((4, 3, *[s + 4 for s in x.shape[2:]]), 255),
                    framed(x, known)]
-        right.imshow(core.grid(torch.cat(picture).to(torch.uint8), 8), interpolation="nearest")
+        right.imshow(harness.grid(torch.cat(picture).to(torch.uint8), 8), interpolation="nearest")
         right.set_title("A, B, AND, OR; below, samples\nframed if equal to one", fontsize=9)
         right.axis("off")
-    core.save_figure(fig, folder)
+    harness.save_figure(fig, folder)
     return result
 
 
@@ -167,7 +168,7 @@ def framed(x, known):
     same = (geometry.lit(x)[:, None] == geometry.lit(known)[None]).flatten(2).all(2)  # (N, 4)
     table = [[int(CURVES[name][1][i:i + 2], 16) for i in (1, 3, 5)]
              for name in ("real", "real", "and", "or")]
-    return core.frame(x, [table[row.int().argmax()] if row.any() else [200, 200, 200]
+    return harness.frame(x, [table[row.int().argmax()] if row.any() else [200, 200, 200]
                           for row in same])
 
 
@@ -175,26 +176,26 @@ def main(argv=None):
     args, start = flags().parse_args(argv), time.time()
     if args.plot:
         return plot(args.plot)
-    device = core.pick_device(args.device)
+    device = harness.pick_device(args.device)
     if args.sample:
         return core.sample_checkpoint(args.sample, args.n, args.out, device)
     name = args.preset or ("paper" if device.type == "cuda" else "cpu")
     cfg = core.resolve(args, PRESETS["paper"], PRESETS[name], preset=name, channels=1)
-    if core.announce([cfg], args.dry_run):
+    if harness.announce([cfg], args.dry_run):
         return {}
     if cfg.size < 16:
-        raise core.UserError(f"--size {cfg.size}: must be at least 16")
+        raise harness.UserError(f"--size {cfg.size}: must be at least 16")
     core.check_batch(cfg, copies(images_of(argparse.Namespace(size=cfg.size, seed=0))))
-    folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
+    folder = harness.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
     ones = [argparse.Namespace(**vars(cfg) | {"arm": a, "seed": s})
             for a in cfg.arms for s in cfg.seeds]
-    rows = sum(core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
+    rows = sum(harness.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
                             device), [])
-    core.write_result(folder, Path(__file__).stem, cfg, device, start, rows, {
+    harness.write_result(folder, Path(__file__).stem, cfg, device, start, rows, {
         "figure_3": "AND and OR are drawn, and scored like the reals in the earlier stage"})
     return plot(folder)
 
 
 if __name__ == "__main__":
-    core.cli(main)
+    harness.cli(main)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 import core
 import geometry
+import harness
 
 PAPER = {"vanilla": None, "pcr": 0.70, "sc": 0.97, "sc+pcr": 0.99}  # share correct, Figure 1
 
@@ -56,7 +57,7 @@ def flags():
     p.add_argument("--n-cover", type=int, help="samples searched for training images (preset)")
     p.add_argument("--sc-counter", choices=["exact", "tolerant"],
                    help="what SC takes for realistic (preset)")
-    core.run_flags(p, PRESETS)
+    harness.run_flags(p, PRESETS)
     core.train_flags(p)
     return p
 
@@ -116,7 +117,7 @@ def coverage(G, cfg, images, n_show=30):
     images are among them; distinct: different correct images; unseen_share: correct samples that
     are no training image) and (n_show, 2, H, W) uint8, each image beside its nearest sample.
     """
-    side, pick = cfg.size // 4, torch.randperm(len(images), generator=core.generator(0, "cpu"))
+    side, pick = cfg.size // 4, torch.randperm(len(images), generator=harness.generator(0, "cpu"))
     shown = images[pick[:n_show]]
     wanted = geometry.lit(shown).flatten(1).float()
     least = torch.full((len(shown),), torch.inf)
@@ -139,18 +140,18 @@ def coverage(G, cfg, images, n_show=30):
 
 def train(cfg, folder):
     """One arm and seed, from scratch or from its checkpoint -> trainer and training images."""
-    device, (images, pool) = core.pick_device(cfg.device), training_set(cfg)
+    device, (images, pool) = harness.pick_device(cfg.device), training_set(cfg)
     trainer = core.Trainer(cfg, images, device, **hooks(cfg, pool.to(device)))
-    core.open_run(folder, cfg, cfg.resume)
+    harness.open_run(folder, cfg, cfg.resume)
     core.fit(trainer, folder, score, best="wrong")
     return trainer, images
 
 
 def evaluate(cfg, folder, trainer, images):
     """The result row of a finished run: its last score, its curve, its mode coverage."""
-    scored = [r for r in core.read_rows(folder / "metrics.jsonl") if "correct" in r]
+    scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "correct" in r]
     covered, pairs = coverage(trainer.G, cfg, images)
-    core.save_grid(pairs.flatten(0, 1)[:, None], folder / "coverage.png", columns=10)
+    harness.save_grid(pairs.flatten(0, 1)[:, None], folder / "coverage.png", columns=10)
     x = torch.cat(list(core.generate(trainer.G, 36, cfg.z_dim, seed=1)))
     np.savez(folder / "samples.npz", samples=x.cpu(), pairs=pairs,
              good=correct(x, cfg.size // 4, "tolerant").cpu())
@@ -158,7 +159,7 @@ def evaluate(cfg, folder, trainer, images):
            "d_steps": scored[-1]["d_steps"], "n": cfg.n_fid,
            **{k: v for k, v in scored[-1].items() if k.startswith(("correct", "hist"))},
            "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored], **covered}
-    core.write_json(folder / "row.json", row)
+    harness.write_json(folder / "row.json", row)
 
 
 def run(cfg, folder):
@@ -168,7 +169,7 @@ def run(cfg, folder):
 def plot(folder):
     """figure.png from the files: what each arm draws, share correct over training, counts, modes.
     """
-    result = core.read_result(folder, Path(__file__).stem)
+    result = harness.read_result(folder, Path(__file__).stem)
     rows = result["rows"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     steps = max(r["steps"] for r in rows)
@@ -178,7 +179,8 @@ def plot(folder):
         row = next(r for r in rows if r["arm"] == arm)
         with np.load(folder / run_name(row) / "samples.npz") as saved:
             colours = [[128, 128, 128] if good else [230, 0, 0] for good in saved["good"]]
-            ax.imshow(core.grid(core.frame(saved["samples"], colours)), interpolation="nearest")
+            picture = harness.grid(harness.frame(saved["samples"], colours))
+        ax.imshow(picture, interpolation="nearest")
         ax.set_title(f"{arm}: {100 * mean(rows, arm, 'correct'):.0f}% have two", fontsize=10)
         ax.axis("off")
     top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares",
@@ -186,14 +188,14 @@ def plot(folder):
     left, right = middle.subplots(1, 2, width_ratios=[1.5, 1])
     for arm in arms:
         curves = [list(zip(*r["curve"])) for r in rows if r["arm"] == arm]
-        core.band(left, [c[:2] for c in curves], f"{arm} (n={len(curves)})", lw=1.8,
-                  **core.STYLE[arm])
-        core.band(left, [(c[0], c[2]) for c in curves], None, lw=0.8, alpha=0.6,
-                  **core.STYLE[arm])
+        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(curves)})", lw=1.8,
+                  **harness.STYLE[arm])
+        harness.band(left, [(c[0], c[2]) for c in curves], None, lw=0.8, alpha=0.6,
+                  **harness.STYLE[arm])
         if PAPER[arm]:
             left.annotate(f"paper {arm}", (steps * 1.01, PAPER[arm]), fontsize=7,
                           va="top" if arm == "sc" else "bottom", annotation_clip=False)
-            left.axhline(PAPER[arm], lw=0.5, color=core.STYLE[arm]["color"])
+            left.axhline(PAPER[arm], lw=0.5, color=harness.STYLE[arm]["color"])
     left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
              xlim=(0, steps), title="thick: tolerant counter, thin: pixel-exact counter")
     left.title.set_fontsize(9)
@@ -201,21 +203,21 @@ def plot(folder):
     for i, arm in enumerate(arms):
         share = np.mean([r["hist"] for r in rows if r["arm"] == arm], 0)
         right.bar(np.arange(5) + (i - (len(arms) - 1) / 2) * 0.2, share, 0.2, label=arm,
-                  color=core.STYLE[arm]["color"], hatch=[None, "///", "...", "xx"][i % 4],
+                  color=harness.STYLE[arm]["color"], hatch=[None, "///", "...", "xx"][i % 4],
                   edgecolor="white", lw=0)
     right.set(xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"], ylabel="share of images",
               xlabel="rectangles in an image (tolerant counter)", ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=8)
     ax, last = bottom.subplots(), rows[-1]
     with np.load(folder / run_name(last) / "samples.npz") as saved:
-        ax.imshow(core.grid(torch.from_numpy(saved["pairs"]).flatten(0, 1)[:, None], 20),
+        ax.imshow(harness.grid(torch.from_numpy(saved["pairs"]).flatten(0, 1)[:, None], 20),
                   cmap="gray", interpolation="nearest")
     ax.axis("off")
     ax.set_title(f"{last['arm']}: training image | nearest of {last['n_cover']:,} samples: "
                  f"{last['coverage_exact']} of {last['coverage_n']} found exactly; "
                  f"{100 * last['unseen_share']:.0f}% of correct samples are no training image",
                  fontsize=9)
-    core.save_figure(fig, folder)
+    harness.save_figure(fig, folder)
     return result
 
 
@@ -231,29 +233,29 @@ def main(argv=None):
     args, start = flags().parse_args(argv), time.time()
     if args.plot:
         return plot(args.plot)
-    device = core.pick_device(args.device)
+    device = harness.pick_device(args.device)
     if args.sample:
         return core.sample_checkpoint(args.sample, args.n, args.out, device)
     name = args.preset or ("paper" if device.type == "cuda" else "cpu")
     cfg = core.resolve(args, PRESETS["paper"], PRESETS[name], preset=name, channels=1)
-    if core.announce([cfg], args.dry_run):
+    if harness.announce([cfg], args.dry_run):
         return {}
     if cfg.size < 16 or cfg.n_train < 2 or cfg.n_train % 2 or cfg.n_cover < 1:
-        raise core.UserError(f"--size {cfg.size} must be at least 16, --n-train {cfg.n_train} "
+        raise harness.UserError(f"--size {cfg.size} must be at least 16, --n-train {cfg.n_train} "
                              f"even and at least 2, --n-cover {cfg.n_cover} at least 1")
     core.check_batch(cfg, training_set(cfg)[0])  # before anything is written
-    folder = core.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
+    folder = harness.open_run(args.outdir / Path(__file__).stem / (args.name or f"geometry-{name}"),
                            cfg, args.resume)
     ones = [argparse.Namespace(**vars(cfg), arm=a, seed=s) for s in cfg.seeds for a in cfg.arms]
-    rows = core.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
+    rows = harness.run_all(run, [(one, folder / run_name(vars(one))) for one in ones], cfg.jobs,
                         device)
     for arm in cfg.arms:
         print(f"{arm:8s}" + "".join(f"  {k} {mean(rows, arm, k):.3f}" for k in (
             "correct", "correct_exact", "coverage_exact", "distinct", "unseen_share")))
-    core.write_result(folder, Path(__file__).stem, cfg, device, start, rows,
+    harness.write_result(folder, Path(__file__).stem, cfg, device, start, rows,
                                {"correct": PAPER, "coverage": "most of 30, Figure 7"})
     return plot(folder)
 
 
 if __name__ == "__main__":
-    core.cli(main)
+    harness.cli(main)

@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
-from core import UserError, atomic, cli, generator, pick_device
+from harness import UserError, atomic, cli, generator, pick_device
 
 LAST = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}   # layer per dims
 DIMS = tuple(LAST)

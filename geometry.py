@@ -11,7 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from core import UserError, generator, pixel_and, pixel_or
+from core import pixel_and, pixel_or
+from harness import UserError, generator
 
 
 def check(n, k, size, side, gap):

@@ -32,8 +32,9 @@ import exp_pixel_combination
 import exp_sc
 import fid
 import geometry
+import harness
 import theory_sde as th
-from core import UserError
+from harness import UserError
 
 HERE = Path(__file__).parent
 
@@ -248,7 +249,7 @@ def test_batch_larger_than_the_data_is_refused():
 def fit(folder, evaluate=None, **changes):
     trainer = core.Trainer(config(**changes), tiny_data(), torch.device("cpu"),
                            combine=lambda t, x: core.pixel_average(x))
-    core.fit(trainer, core.open_run(folder, trainer.cfg, resume=True), evaluate)
+    core.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), evaluate)
     return trainer
 
 
@@ -303,12 +304,12 @@ def test_another_configuration_is_not_resumed(tmp_path):
     with pytest.raises(UserError, match="lr_g was 0.01, is 0.5"):
         fit(tmp_path, lr_g=0.5)
     with pytest.raises(UserError, match="--resume"):
-        core.open_run(tmp_path, config(), resume=False)
+        harness.open_run(tmp_path, config(), resume=False)
 
 
 def test_failed_writes_leave_the_old_file(tmp_path):
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(ZeroDivisionError), core.atomic(tmp_path / "a.json") as tmp:
+    with pytest.raises(ZeroDivisionError), harness.atomic(tmp_path / "a.json") as tmp:
         tmp.write_text("half")
         raise ZeroDivisionError
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -317,7 +318,7 @@ def test_failed_writes_leave_the_old_file(tmp_path):
 
 def test_mixup_law():
     x = torch.eye(2000)[:, :1].clone()                                  # x_0 = 1, the rest 0
-    weight = torch.stack([exp_pcr_natural.mixup(x, core.generator(s, "cpu"))[1, 0]
+    weight = torch.stack([exp_pcr_natural.mixup(x, harness.generator(s, "cpu"))[1, 0]
                           for s in range(300)])                         # partner's Beta weight
     assert abs(weight.mean() - 0.5) < 0.015 and abs(weight.var() - 0.25 / 51) < 0.0015
 
@@ -1176,7 +1177,7 @@ def mistake(script, args, tmp_path, monkeypatch, capsys):
     """The last line on stderr of a command that ends in exit code 2 and writes nothing."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        core.cli(lambda: script.main(["--smoke", *args]))
+        harness.cli(lambda: script.main(["--smoke", *args]))
     assert stopped.value.code == 2 and list(tmp_path.iterdir()) == []
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -1308,17 +1309,18 @@ def one_run(cfg, folder):
     """A run of run_all, in a process of its own."""
     if cfg.fails:
         raise UserError("broken on purpose")
-    core.write_json(folder / "row.json", {"threads": torch.get_num_threads(), "name": folder.name})
+    row = {"threads": torch.get_num_threads(), "name": folder.name}
+    harness.write_json(folder / "row.json", row)
 
 
 def test_runs_side_by_side(tmp_path):
     cells = [(argparse.Namespace(fails=False), tmp_path / name) for name in "abc"]
-    rows = core.run_all(one_run, cells, 2, torch.device("cpu"))
+    rows = harness.run_all(one_run, cells, 2, torch.device("cpu"))
     assert [r["name"] for r in rows] == ["a", "b", "c"]
     assert {r["threads"] for r in rows} == {max(1, os.cpu_count() // 2)}
     bad = [(argparse.Namespace(fails=f), tmp_path / n) for f, n in ((True, "d"), (False, "e"))]
     with pytest.raises(UserError, match="failed.*: d; --resume"):
-        core.run_all(one_run, bad, 2, torch.device("cpu"))
+        harness.run_all(one_run, bad, 2, torch.device("cpu"))
     assert (tmp_path / "e" / "row.json").exists()
 
 
@@ -1443,7 +1445,7 @@ def test_theory_finite_covariances_by_enumeration():
     images = images / images.std(correction=0)
     orders = torch.tensor(list(itertools.permutations(range(4))))
     batches = images[orders].unflatten(1, (2, 2)).mean(2)              # (24, 2)
-    gen = core.generator(0, "cpu")
+    gen = harness.generator(0, "cpu")
     exact = 2 * (batches.T @ batches / len(batches)).numpy()
     assert th.finite(images, 2, "epoch", gen)[1] == pytest.approx(exact, rel=1e-12)
     assert th.finite(images, 2, "subset", gen)[1] == pytest.approx(exact[:1, :1], rel=1e-12)
@@ -1459,7 +1461,7 @@ def test_theory_finite_covariances_by_enumeration():
 
 
 def test_theory_mcshane_attains_equation_11():
-    gen = core.generator(0, "cpu")
+    gen = harness.generator(0, "cpu")
     x1, x2 = torch.randn(2, 5, 9, generator=gen, dtype=torch.float64)
     delta = (x1 - x2).norm(dim=1)
     lipschitz, f1, f2 = 1.7, torch.full((5,), 0.8).double(), torch.full((5,), 1.1).double()
@@ -1475,7 +1477,7 @@ def test_theory_mcshane_attains_equation_11():
 
 
 def test_theory_lipschitz_bound_holds():
-    gen = core.generator(0, "cpu")
+    gen = harness.generator(0, "cpu")
     x = torch.randn(64, 256, generator=gen)
     D = th.train_critic(x, -x, x / 2, 0.5, 3, 0)
     product = math.prod(torch.linalg.svdvals(m.weight)[0].item() for m in D if hasattr(m, "weight"))
@@ -1502,7 +1504,7 @@ def test_theory_smoke(tmp_path, capsys):
             assert row["measured"] == 0                                 # violations of the bound
     z = np.array([row["z"] for row in result["rows"] if row["z"] is not None])
     assert abs(z).max() < th.Z_MAX and (z ** 2).mean() == pytest.approx(1, abs=0.4)
-    with pytest.raises(core.UserError, match="--resume"):
+    with pytest.raises(harness.UserError, match="--resume"):
         th.main(flags)
     (folder / "figure.png").unlink()
     th.main(["--plot", str(folder)])

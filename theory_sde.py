@@ -30,6 +30,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import core
 import geometry
+import harness
 
 PRESETS = {     # runs of a check; the table's steps eta = mu and iterations; Adam steps of a critic
     "paper": {"paths": 400_000, "eta": 0.05, "horizon": 10_000, "critic_steps": 400},
@@ -236,7 +237,7 @@ class Suite:
 
     def __init__(self, cfg, device):
         self.cfg, self.device, self.rows = cfg, device, []
-        self.gen = core.generator(cfg.seeds[0], device)
+        self.gen = harness.generator(cfg.seeds[0], device)
 
     def normal(self, *shape):
         return torch.randn(shape, generator=self.gen, device=self.device)
@@ -264,7 +265,7 @@ class Suite:
             # + 1e-9, + 1e-6: float32's own errors, for FGD, whose variance is zero
         same = {"check": name, "section": section, "m": m, "eta": eta, "mu": mu or eta,
                 "exact": None, "z": None, "batches": noises}
-        self.rows += core.plain([same | {key: values[i] for key, values in columns.items()}
+        self.rows += harness.plain([same | {key: values[i] for key, values in columns.items()}
                                  for i in range(len(ks))])
         return self.rows[-1]
 
@@ -403,7 +404,7 @@ def section_5(s):
     DEVIATION: PCR's negatives are the averages of the very pairs that are tested, not of all pairs.
     """
     n, seed, steps = 64, s.cfg.seeds[0], s.cfg.critic_steps
-    gen = core.generator(seed, "cpu")
+    gen = harness.generator(seed, "cpu")
     small, one, three, x, y = (core.to_float(i) for i in (
         geometry.draw(n, 2, 15, 4, seed=seed), geometry.draw(n, 1, 16, 4, seed=seed),
         geometry.draw(n, 3, 16, 4, seed=seed), *geometry.draw_pairs(n, 16, 4, seed=seed)[:2]))
@@ -435,7 +436,7 @@ def section_5(s):
                     "segment": f[1:32] > 0, "average": f[16:17] > 0, "and": f[33:34] > 0,
                     "or": f[34:35] > 0, "random": f[35:36] > 0, "permuted": f[36:] > 0}
             share = {key: value.double().mean(0) for key, value in true.items()}
-            s.rows.append(core.plain({
+            s.rows.append(harness.plain({
                 "check": f"theorem3 {arm}, {kind}", "section": 5, "k": steps, "t": None, "m": n,
                 "eta": None, "mu": None, "exact": 0, "measured": int((f < least - 1e-9).sum()),
                 "halfwidth": 0, "z": None, "margin": margin, "delta": delta.mean(),
@@ -472,9 +473,9 @@ LINES = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", "-.", "^"),
 
 def plot(folder):
     """figure.png from result.json: lines are exact, points are measured, with 95% intervals."""
-    result = core.read_json(folder / "result.json")
+    result = harness.read_json(folder / "result.json")
     if result is None:
-        raise core.UserError(f"--plot {folder}: there is no result.json in it; give a run's folder")
+        raise harness.UserError(f"--plot {folder}: no result.json in it; give a run folder")
     rows = result["rows"]
     fig = Figure(figsize=(7.2, 8.4), layout="constrained")
     *axes, last = fig.subplots(3, 2).flat
@@ -504,7 +505,7 @@ def plot(folder):
              ylim=(-8, 1.5))
     for ax in (*axes, last):
         ax.title.set_fontsize(9)
-    core.save_figure(fig, folder)
+    harness.save_figure(fig, folder)
 
 
 def report(rows):
@@ -536,7 +537,7 @@ def failures(rows):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    core.run_flags(parser, PRESETS)
+    harness.run_flags(parser, PRESETS)
     parser.add_argument("--seed", type=int, nargs=1, dest="seeds", help="of all random numbers")
     parser.add_argument("--section", type=int, nargs="+", choices=range(1, 6), default=range(1, 6),
                         help="1 constant steps, 2 vanishing, 3 fixes, 4 the 64 images, 5 Theorem 3")
@@ -544,24 +545,24 @@ def main(argv=None):
     args, start = parser.parse_args(argv), time.time()
     if args.plot:
         return plot(args.plot)
-    device = core.pick_device(args.device)
+    device = harness.pick_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "cpu")
     given = {k: v for k, v in vars(args).items() if k not in ("plot", "dry_run") and v is not None}
     cfg = argparse.Namespace(**{"preset": preset, "seeds": [0], "name": preset, **PRESETS[preset],
                                 **given, "section": sorted(set(args.section))})
     if len(cfg.seeds) > 1:
-        raise core.UserError(f"--seeds {cfg.seeds}: one seed a run; start it again for another one")
+        raise harness.UserError(f"--seeds {cfg.seeds}: one seed a run; start another for the next")
     if cfg.paths < 1000:
-        raise core.UserError(f"--paths is {cfg.paths}: must be at least 1000, for the intervals")
-    if core.announce([cfg], args.dry_run):
+        raise harness.UserError(f"--paths is {cfg.paths}: must be at least 1000, for the intervals")
+    if harness.announce([cfg], args.dry_run):
         return {}
     script = Path(__file__).stem
-    folder = core.open_run(cfg.outdir / script / cfg.name, cfg, cfg.resume)
+    folder = harness.open_run(cfg.outdir / script / cfg.name, cfg, cfg.resume)
     suite = Suite(cfg, device)
     for section in cfg.section:
         SECTIONS[section - 1](suite)
     report(suite.rows)
-    result = core.write_result(folder, script, cfg, device, start, suite.rows, {
+    result = harness.write_result(folder, script, cfg, device, start, suite.rows, {
         "eq_8": "Var = Theta(1/m)", "eq_10": "Var = Theta(1/m)", "eq_11": "no violation"})
     z = np.array([r["z"] for r in suite.rows if r["z"] is not None])
     print(f"\n{len(z)} z: largest {abs(z).max(initial=0):.2f}, mean square "
@@ -573,4 +574,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    core.cli(main)
+    harness.cli(main)
