@@ -304,18 +304,24 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def generate(G, n, z_dim, seed=0, batch=256):
-    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, from fixed z.
+def draw(G, z):
+    """Images of G for latents z (N, Z): uint8 (N, C, H, W).
 
     UNSPECIFIED: G's batch norm while scoring. Running statistics, so that an image depends on its
     own z alone.
     """
-    device = next(G.parameters()).device
-    gen, training = generator(seed, device), G.training
-    G.eval()
-    for i in range(0, n, batch):
-        yield to_uint8(G(torch.randn(min(batch, n - i), z_dim, generator=gen, device=device)))
+    training = G.training
+    images = to_uint8(G.eval()(z))
     G.train(training)
+    return images
+
+
+def generate(G, n, z_dim, seed=0, batch=256):
+    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, from fixed z."""
+    device = next(G.parameters()).device
+    gen = generator(seed, device)
+    for i in range(0, n, batch):
+        yield draw(G, torch.randn(min(batch, n - i), z_dim, generator=gen, device=device))
 
 
 def check_batch(cfg, images):
@@ -329,14 +335,17 @@ class Trainer:
 
     data: uint8 (N, C, H, W). `combine(trainer, x_real) -> x_comb (B, C, H, W)` gives the extra
     negatives of eq. (13), None for none. `correct(trainer, x_fake) -> (x_fake, weight (B,))` is
-    Sample Correction, None for none. Raises UserError if the batch is larger than the data.
+    Sample Correction, None for none. `penalise(trainer, x_real) -> scalar` is added to D's loss.
+    `optimizer` has the arguments of Adam. Raises UserError if the batch is larger than the data.
     """
 
     METRICS = ("d_loss", "g_loss", "d_real", "d_fake", "d_comb", "gp", "kept", "d_grad", "g_grad")
 
-    def __init__(self, cfg, data, device, combine=None, correct=None):
+    def __init__(self, cfg, data, device, combine=None, correct=None, penalise=None,
+                 optimizer=torch.optim.Adam):
         check_batch(cfg, data)
-        self.cfg, self.device, self.combine, self.correct = cfg, device, combine, correct
+        self.cfg, self.device = cfg, device
+        self.combine, self.correct, self.penalise = combine, correct, penalise
         self.data = data.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
@@ -344,7 +353,7 @@ class Trainer:
                               for net in build(cfg))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False) if cfg.ema_beta else None
         self.opt_g, self.opt_d = (
-            torch.optim.Adam(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
+            optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
         self.gen = generator(cfg.seed, device)
         self.on_real, self.on_fake, self.for_g = LOSSES[cfg.loss]
@@ -372,6 +381,10 @@ class Trainer:
     def fake(self, n=None):
         """Images of G for fresh latents, (n or B, C, H, W)."""
         return self.G(self.latent(n or self.cfg.batch))
+
+    def shown(self, n=64):
+        """Images to look at, the same latents every time: uint8 (<= n, C, H, W)."""
+        return torch.cat(list(generate(self.G, n, self.cfg.z_dim, seed=1)))
 
     def d_update(self):
         """One update of D -> (d_loss, d_real, d_fake, d_comb, gp, kept, d_grad), 0-d tensors."""
@@ -403,6 +416,8 @@ class Trainer:
                 x_neg = torch.cat([x_comb[::2], x_fake[1::2]])
             gp = gradient_penalty(D, x_real, x_neg, self.gen)
             d_loss = d_loss + cfg.gp_weight * gp
+        if self.penalise:
+            d_loss = d_loss + self.penalise(self, x_real)
         self.opt_d.zero_grad()
         d_loss.backward()
         self.opt_d.step()
@@ -477,24 +492,27 @@ def read_checkpoint(path):
 
 
 def sample_checkpoint(path, n, out, device):
-    """Draw n images from a checkpoint's G into the picture `out`."""
+    """Draw n images from a checkpoint's G into the picture `out`; of its codes, if it has some."""
     if n < 1 or out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--n {n} --out {out}: need an image at least, and a name like grid.png")
     state = read_checkpoint(path)
     cfg = argparse.Namespace(**state["config"])
     G = build(cfg)[0].to(device)
     G.load_state_dict(state["G"])
-    save_grid(torch.cat(list(generate(G, n, cfg.z_dim))), out)
+    images = (draw(G, state["codes"][:n].to(device)) if "codes" in state
+              else torch.cat(list(generate(G, n, cfg.z_dim))))
+    save_grid(images, out)
     print(out)
     return {"out": str(out), "n": n, "step": state["step"]}
 
 
-def fit(trainer, folder, evaluate=None, best="fid"):
+def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
     """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
 
     evaluate(trainer) -> dict of numbers, called every eval_every updates; the state of the lowest
-    `best` so far is kept as best.pt. Raises UserError at the first metric that is not finite. A
-    first Ctrl-C or SIGTERM finishes the update, saves, and exits 130 or 143.
+    `best` so far is kept as best.pt. A log is the mean over log_every updates, with `each_step` a
+    row for each of them. Raises UserError at the first metric that is not finite. A first Ctrl-C
+    or SIGTERM finishes the update, saves, and exits 130 or 143.
     """
     cfg, ckpt, metrics = trainer.cfg, folder / "ckpt.pt", folder / "metrics.jsonl"
     log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
@@ -513,9 +531,10 @@ def fit(trainer, folder, evaluate=None, best="fid"):
         with atomic(path) as tmp:
             torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, tmp)
 
-    def write(row):
+    def write(*rows):
+        now = {"step": trainer.step, "d_steps": trainer.d_steps}
         with open(metrics, "a") as f:
-            f.write(json.dumps({"step": trainer.step, "d_steps": trainer.d_steps, **row}) + "\n")
+            f.writelines(json.dumps({**now, **row}) + "\n" for row in rows)
 
     def due(every):
         return trainer.step % every == 0 or trainer.step == cfg.steps
@@ -539,7 +558,10 @@ def fit(trainer, folder, evaluate=None, best="fid"):
                 raise UserError(f"{', '.join(names)} not finite at step {at} of {folder}; {kept}")
             if due(cfg.log_every):
                 row = dict(zip(trainer.METRICS, window.double().mean(0).tolist()))
-                write(row)
+                back = range(len(window) - 1, -1, -1)
+                write(*[{"step": trainer.step - i, "d_steps": trainer.d_steps - i * cfg.n_dis,
+                         **dict(zip(trainer.METRICS, values))}
+                        for i, values in zip(back, window.tolist())] if each_step else [row])
                 show(bar, folder.name, trainer, row, scores,
                      (trainer.step - first) / (time.time() - start))
             if evaluate and due(cfg.eval_every):
@@ -550,8 +572,7 @@ def fit(trainer, folder, evaluate=None, best="fid"):
                     lowest = scores[best]
                     save(folder / "best.pt")
             if due(cfg.sample_every):
-                save_grid(torch.cat(list(generate(trainer.G, 64, cfg.z_dim, seed=1))),
-                          folder / "samples" / f"{trainer.step:07d}.png")
+                save_grid(trainer.shown(), folder / "samples" / f"{trainer.step:07d}.png")
             if caught or due(cfg.ckpt_every):
                 save(ckpt)
             if caught:
