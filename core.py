@@ -43,6 +43,9 @@ def train_flags(parser):
         ("--n-fid", int, "generated images per score"),
     ]:
         g.add_argument(flag, type=kind, help=text)
+    g.add_argument("--engine", default="eager", choices=["eager", "graph", "compile"],
+                   help="graph: an update as one CUDA graph, untested; compile: both networks by "
+                        "torch.compile, without a penalty (%(default)s)")
     g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
     g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
     g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
@@ -355,6 +358,12 @@ class Trainer:
         self.opt_g, self.opt_d = (
             optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
             for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
+        if cfg.engine == "compile":
+            if cfg.gp_weight or penalise:
+                raise UserError("--engine compile: torch.compile cannot differentiate twice, as a "
+                                "gradient penalty must; take --engine eager")
+            self.G.compile()
+            self.D.compile()
         self.gen = generator(cfg.seed, device)
         self.on_real, self.on_fake, self.for_g = LOSSES[cfg.loss]
         self.step = self.d_steps = 0
@@ -421,7 +430,6 @@ class Trainer:
         self.opt_d.zero_grad()
         d_loss.backward()
         self.opt_d.step()
-        self.d_steps += 1
         kept = d_loss.new_ones(()) if weight is None else (weight > 0).float().mean()
         return (d_loss, d_real.mean(), d_fake.mean(), d_comb.mean(), gp.mean(), kept,
                 grad_norm(D))
@@ -432,7 +440,6 @@ class Trainer:
         self.opt_g.zero_grad()
         g_loss.backward(inputs=list(self.G.parameters()))
         self.opt_g.step()
-        self.step += 1
         if self.G_ema is not None:
             with torch.no_grad():  # weights are averaged, batch-norm statistics copied
                 torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()),
@@ -446,15 +453,66 @@ class Trainer:
         left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
         for opt, lr in ((self.opt_g, self.cfg.lr_g), (self.opt_d, self.cfg.lr_d)):
             for group in opt.param_groups:
-                group["lr"] = lr * left
+                if isinstance(group["lr"], torch.Tensor):               # read by a CUDA graph
+                    group["lr"].fill_(lr * left)
+                else:
+                    group["lr"] = lr * left
 
-    def update(self):
+    def iterate(self):
         """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
-        self.set_lr()
         for _ in range(self.cfg.n_dis):
             d_loss, *d_rest = self.d_update()
         g_loss, g_grad = self.g_update()
         return torch.stack([d_loss, g_loss, *d_rest, g_grad]).detach()
+
+    def update(self):
+        """`iterate` at this update's step sizes, counted."""
+        self.set_lr()
+        metrics = self.iterate()
+        self.step += 1
+        self.d_steps += self.cfg.n_dis
+        return metrics
+
+    def capture(self):
+        """Record `iterate` as one CUDA graph, to be replayed by `update` from here on.
+
+        The same Python code and the same random stream as without; not run on a GPU yet. Hooks must
+        read nothing back to the host and keep no count of their own.
+        """
+        if self.device.type != "cuda":
+            raise UserError(f"--engine graph: needs a CUDA device, --device is {self.device}")
+        opts = (self.opt_g, self.opt_d)
+        for opt in opts:
+            for group in opt.param_groups:
+                group |= {"capturable": True, "lr": torch.tensor(float(group["lr"]),
+                                                                 device=self.device)}
+        nets = [net for net in (self.G, self.D, self.G_ema) if net is not None]
+
+        def tensors():
+            return [*(t for net in nets for t in net.state_dict().values()),
+                    *(t for opt in opts for slots in opt.state.values() for t in slots.values())]
+
+        before, random_state = [t.clone() for t in tensors()], self.gen.get_state()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):                   # a warm-up off the main stream, undone
+            for _ in range(3):
+                self.iterate()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        with torch.no_grad():                           # Adam's slots, new in the warm-up, are 0
+            for i, t in enumerate(tensors()):
+                t.copy_(before[i]) if i < len(before) else t.zero_()
+        self.gen.set_state(random_state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.gen)
+        with torch.cuda.graph(graph):
+            metrics = self.iterate()
+
+        def replay():
+            graph.replay()
+            return metrics
+
+        self.iterate = replay
 
     def state(self):
         """Everything a resumed run needs, as plain tensors, numbers and strings."""
@@ -468,6 +526,8 @@ class Trainer:
             raise UserError("the checkpoint was made on another kind of --device")
         for k in ("G", "D", "opt_g", "opt_d"):
             getattr(self, k).load_state_dict(state[k])
+        for group in (*self.opt_g.param_groups, *self.opt_d.param_groups):
+            group |= {"lr": float(group["lr"]), "capturable": False}    # as before `capture`
         if self.G_ema is not None:
             self.G_ema.load_state_dict(state["G_ema"])
         self.step, self.d_steps = state["step"], state["d_steps"]
@@ -526,6 +586,8 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
     scores = {k: v for r in rows if best in r for k, v in r.items()}
     lowest = min((r[best] for r in rows if best in r), default=math.inf)
     first, start = trainer.step, time.time()
+    if cfg.engine == "graph":
+        trainer.capture()
 
     def save(path):
         with atomic(path) as tmp:

@@ -33,16 +33,17 @@ import harness
 
 # Section 3.2 and Appendix E: 32 px, squares of 8, 64 images, as many codes, batches 16 and 64.
 # UNSPECIFIED: all else. WGAN-GP, as Section 3.3 analyses a WGAN, one update of D for one of G, no
-# momentum (theory_sde.py: it would change what small batches do).
+# momentum (theory_sde.py: it would change what small batches do), and the networks of exp_sc.py
+# with a larger z, so that 64 codes are far apart.
 PRESETS = {
     "paper": dict(
         size=32, n_train=64, batch=16, batches=[4, 8, 16, 32], images=640_000, model="wgangp",
         arch="dcgan", loss="wgan", norm_d="none", init_d="he", gp_weight=10.0, gp_comb=False,
-        comb_weight=0.5, n_dis=1, lr_g=5e-4, lr_d=5e-4, beta1=0.0, beta2=0.9, z_dim=16, width=64,
-        base=4, flip=False, lr_decay=False, ema_beta=0.0, n_fid=64, checks=48, sample_every=None,
+        comb_weight=0.5, n_dis=1, lr_g=5e-4, lr_d=5e-4, beta1=0.0, beta2=0.9, z_dim=128, width=64,
+        base=2, flip=False, lr_decay=False, ema_beta=0.0, n_fid=64, checks=48, sample_every=None,
         log_every=50),
     # DEVIATION: a canvas and squares half as wide, and half the channels.
-    "cpu": dict(size=16, width=32, lr_g=1e-3, lr_d=1e-3, images=76_800, batches=[8, 16, 32],
+    "cpu": dict(size=16, width=32, lr_g=1e-3, lr_d=1e-3, images=51_200, batches=[8, 16, 32],
                 checks=24),
     "smoke": dict(jobs=1, size=16, n_train=8, batch=4, batches=[2, 4], images=32, width=8,
                   z_dim=8, checks=2, log_every=2),
@@ -230,9 +231,11 @@ class OptimisticAdam(torch.optim.Adam):
         old = [p.clone() for p in params]
         super().step()
         for p, before in zip(params, old):
-            step = p - before
-            p.add_(step - self.state[p].get("step_before", 0))
-            self.state[p]["step_before"] = step
+            step, slots = p - before, self.state[p]
+            if "step_before" not in slots:
+                slots["step_before"] = torch.zeros_like(p)
+            p.add_(step - slots["step_before"])
+            slots["step_before"].copy_(step)
 
 
 def prepare(cfg):
@@ -300,6 +303,8 @@ def configure(args, device):
     asked = {}
     for layer in (*layers, {k: v for k, v in vars(args).items() if v is not None}):
         asked |= layer
+    if args.engine == "graph" and "epoch" in arms:
+        raise harness.UserError("--engine graph: arm epoch counts on the host; leave it out")
     batches = sorted(set(asked["batches"]))
     if batches[0] < 2 or asked["images"] < batches[-1]:
         raise harness.UserError(f"--batches {batches}: must be from 2 to --images "
@@ -308,6 +313,7 @@ def configure(args, device):
         cells = [("vanilla", b) for b in batches if {"vanilla", "ema"} & set(arms)]
         cells += [(a, batches[0]) for a in arms if a in ("r1", "optimistic")]
     else:
+        geometry.check(asked["n_train"], 2, asked["size"], asked["size"] // 4, gap=1)
         kinds = [a for a in arms if a != "fgd"]
         cells = [("fgd", asked["n_train"])] * ("fgd" in arms)
         cells += [(kinds[0], b) for b in batches if kinds]

@@ -29,6 +29,7 @@ import core
 import data
 import exp_pcr_natural
 import exp_pixel_combination
+import exp_sample_insufficiency
 import exp_sc
 import fid
 import geometry
@@ -54,7 +55,7 @@ def config(**changes):
         init_d="he", base=4, loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2,
         beta1=0.5, beta2=0.9,
         gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, lr_decay=True, ema_beta=0.9,
-        seed=0, jobs=1,
+        seed=0, jobs=1, engine="eager",
         log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
 
 
@@ -202,9 +203,10 @@ def test_each_update_moves_its_own_network(model, loss):
     d = flat(trainer.D)
     trainer.g_update()
     assert torch.equal(flat(trainer.D), d) and not torch.equal(flat(trainer.G), g)
-    assert (trainer.step, trainer.d_steps) == (1, 1)
     mean, now = flat(trainer.G_ema), flat(trainer.G)
     torch.testing.assert_close(mean, 0.9 * g + 0.1 * now)
+    trainer.update()
+    assert (trainer.step, trainer.d_steps) == (1, 2)
 
 
 def test_d_loss_is_the_formula():
@@ -275,6 +277,28 @@ def test_stop_and_resume_is_bit_for_bit(tmp_path, number, code):
         assert all(torch.equal(a[k], b[k]) for k in a)
     rows = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
     assert rows[0] == rows[1] and rows[0].count("fid") == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("model, loss, gp_weight", [("wgangp", "wgan", 10.0),
+                                                    ("sagan", "hinge", 0.0)])
+def test_cuda_graph_agrees_with_eager(model, loss, gp_weight):
+    logs, cfg = [], config(model=model, loss=loss, gp_weight=gp_weight, size=16, steps=100,
+                           lr_g=1e-4, lr_d=1e-4)
+    for captured in (False, True):
+        trainer = core.Trainer(cfg, tiny_data(size=16), torch.device("cuda"),
+                               combine=lambda t, x: core.pixel_average(x))
+        if captured:
+            trainer.capture()
+        logs.append(torch.stack([trainer.update().clone() for _ in range(100)]))
+    torch.testing.assert_close(logs[0], logs[1], rtol=1e-3, atol=1e-4)
+
+
+def test_engines_are_refused_where_they_cannot_work(tmp_path):
+    with pytest.raises(UserError, match="--engine graph: needs a CUDA device"):
+        core.fit(core.Trainer(config(engine="graph"), tiny_data(), torch.device("cpu")), tmp_path)
+    with pytest.raises(UserError, match="--engine compile: .*differentiate twice"):
+        core.Trainer(config(engine="compile"), tiny_data(), torch.device("cpu"))
 
 
 def test_checkpoint_is_plain_and_can_be_sampled(tmp_path):
@@ -1322,6 +1346,169 @@ def test_runs_side_by_side(tmp_path):
     with pytest.raises(UserError, match="failed.*: d; --resume"):
         harness.run_all(one_run, bad, 2, torch.device("cpu"))
     assert (tmp_path / "e" / "row.json").exists()
+
+
+# ----------------------------------------------------------------------- exp_sample_insufficiency
+
+
+def sampler(arm, **changes):
+    cfg = config(arm=arm, size=8, flip=False, lr_decay=False, ema_beta=0.0, n_dis=1, **changes)
+    return exp_sample_insufficiency.Sampler(cfg, tiny_data(), torch.device("cpu"))
+
+
+def fit_sampler(folder, arm, **changes):
+    trainer = sampler(arm, **changes)
+    core.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), each_step=True)
+    return trainer
+
+
+def test_sampling_laws():
+    n = len(tiny_data())
+    full = sampler("fgd", batch=n)
+    assert all(full.pick(k).tolist() == list(range(n)) for k in ("real", "d", "g", "real"))
+    epoch = sampler("epoch")
+    for stream in ("real", "d", "g"):                                   # whole epochs, shuffled
+        drawn = [sum((epoch.pick(stream).tolist() for _ in range(n // 4)), []) for _ in range(3)]
+        assert all(sorted(d) == list(range(n)) for d in drawn) and drawn[0] != drawn[1]
+    for arm, repeats in (("wor", (False, False)), ("real-wor", (False, True)),
+                         ("iid", (True, True))):
+        trainer = sampler(arm)
+        for stream, wanted in zip(("real", "d"), repeats):
+            drawn = [trainer.pick(stream).tolist() for _ in range(300)]
+            assert any(len(set(d)) < 4 for d in drawn) == wanted
+            counts = np.bincount(sum(drawn, []), minlength=n)           # all equally often
+            assert stats.chisquare(counts).pvalue > 1e-4
+    codes = {tuple(z) for z in trainer.codes.tolist()}
+    assert len(codes) == n and all(tuple(z) in codes for z in trainer.latent(4).tolist())
+
+
+def test_an_epoch_of_codes_for_each_player():
+    trainer = sampler("epoch")
+    for _ in range(3):
+        trainer.update()
+    assert trainer.drawn == {"real": 3, "d": 3, "g": 3}
+
+
+@pytest.mark.parametrize("arm", ["epoch", "iid"])
+def test_sampler_resumes_bit_for_bit_and_logs_each_update_once(tmp_path, arm):
+    whole, cut = fit_sampler(tmp_path / "whole", arm, steps=11), sampler(arm, steps=11)
+    update = cut.update
+    cut.update = lambda: update() if cut.step < 7 else 1 / 0            # dies without a word
+    with pytest.raises(ZeroDivisionError):
+        core.fit(cut, harness.open_run(tmp_path / "cut", cut.cfg, resume=True), each_step=True)
+    state = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
+    assert state["step"] == 6 and torch.equal(state["codes"], whole.codes)
+    resumed = fit_sampler(tmp_path / "cut", arm, steps=11)
+    assert torch.equal(flat(whole.G), flat(resumed.G))
+    rows = harness.read_rows(tmp_path / "cut" / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [r["d_steps"] for r in rows] == list(range(1, 12))
+    assert rows == harness.read_rows(tmp_path / "whole" / "metrics.jsonl")
+    core.sample_checkpoint(tmp_path / "cut" / "ckpt.pt", 5, tmp_path / "g.png",
+                           torch.device("cpu"))
+
+
+def test_changes_and_assignment_by_hand():
+    x = geometry.draw(4, 2, 16, 4)
+    moved = torch.stack([x, x, torch.cat([x[1:2], x[1:]])])
+    assert exp_sample_insufficiency.changes(list(moved)) == [0.0, 0.25]
+    assert exp_sample_insufficiency.assignment(x, x[[2, 0, 3, 1]]) == 0
+    y = geometry.draw(4, 2, 16, 4, seed=1)
+    pairs = ((core.to_float(x)[:, None] - core.to_float(y)[None]) ** 2).sum((2, 3, 4)).sqrt()
+    best = min(sum(pairs[i, j].item() for i, j in enumerate(order)) / 4
+               for order in itertools.permutations(range(4)))
+    assert abs(exp_sample_insufficiency.assignment(x, y) - best) < 1e-5
+
+
+def test_r1_of_a_linear_critic():
+    w = torch.tensor([[3., 4., 0., 0.]])
+    trainer = argparse.Namespace(D=lambda x: x.flatten(1) @ w.T, cfg=argparse.Namespace(
+        r1_weight=10.0))
+    penalty = exp_sample_insufficiency.r1(trainer, torch.randn(5, 1, 2, 2))
+    torch.testing.assert_close(penalty, torch.tensor(5 * 25.0))
+
+
+def test_optimistic_adam_is_its_recursion_and_settles_where_adam_does_not(tmp_path):
+    twin, p = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    adam = torch.optim.Adam([twin], 0.1, (0.5, 0.9))
+    opt = exp_sample_insufficiency.OptimisticAdam([p], 0.1, (0.5, 0.9), fused=True)
+    before, expected = torch.zeros(2), p.detach().clone()
+    for k in range(6):
+        if k == 3:                                                      # a resumed run goes on
+            state = opt.state_dict()
+            opt = exp_sample_insufficiency.OptimisticAdam([p], 0.1, (0.5, 0.9), fused=True)
+            opt.load_state_dict(state)
+        grad = torch.tensor([1.0 + k, (-1.0) ** k])
+        twin.grad, p.grad, old = grad.clone(), grad.clone(), twin.detach().clone()
+        adam.step()
+        opt.step()
+        move = twin.detach() - old
+        expected, before = expected + 2 * move - before, move
+        torch.testing.assert_close(p.detach(), expected)
+
+    def settles_at(optimizer):
+        """Largest |(w, theta)| late in the game of min over theta, max over w of w theta."""
+        w, theta = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+        opts, norms = [optimizer([v], 0.02, (0.0, 0.9)) for v in (w, theta)], []
+        for _ in range(600):
+            w.grad, theta.grad = -theta.detach().clone(), w.detach().clone()
+            [o.step() for o in opts]
+            norms.append(torch.stack([w, theta]).norm().item())
+        return max(norms[-200:])
+
+    plain = settles_at(torch.optim.Adam)                                # circles; by step size
+    assert settles_at(exp_sample_insufficiency.OptimisticAdam) < plain / 3
+
+
+def test_equivalent_batch_by_hand():
+    equal = exp_sample_insufficiency.equivalent_batch
+    assert equal([4, 16, 64], [30, 20, 10], 15) == pytest.approx(32)
+    assert equal([4, 16, 64], [30, 20, 10], 30) == pytest.approx(4)
+    assert math.isnan(equal([4, 16, 64], [30, 20, 10], 9))
+    assert math.isnan(equal([4, 16, 64], [20, 30, 10], 15))
+
+
+def test_sample_insufficiency_smoke(tmp_path, capsys):
+    args = ["--smoke", "--outdir", str(tmp_path), "--device", "cpu", "--seeds", "0", "1"]
+    rows = exp_sample_insufficiency.main(args)["rows"]
+    cells = [("fgd", 8), ("wor", 2), ("wor", 4), ("iid", 4), ("real-wor", 4), ("epoch", 4)]
+    assert [(r["seed"], r["arm"], r["batch"]) for r in rows] == [(s, *c) for s in (0, 1)
+                                                                 for c in cells]
+    for row in rows:
+        assert {"d_loss_var", "g_grad_var", "changes_per_code", "correct", "correct_exact",
+                "assignment_distance"} <= set(row)
+        assert row["images_seen"] == 32 and row["steps"] == 32 // row["batch"]
+    folder = tmp_path / "exp_sample_insufficiency" / "geometry-smoke"
+    steps = [r for r in harness.read_rows(folder / "wor-b2-s1" / "metrics.jsonl")
+             if "d_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 17))
+    row = next(r for r in rows if (r["arm"], r["batch"], r["seed"]) == ("wor", 2, 1))
+    assert row["d_loss_var"] == pytest.approx(np.var([r["d_loss"] for r in steps[-5:]]))
+    assert Image.open(folder / "figure.png").width > 500
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "figure.png")
+
+
+def test_sample_insufficiency_smoke_on_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    args = ["--smoke", "--dataset", str(picture_folder(tmp_path / "pics")), "--n-real", "8",
+            "--data-dir", str(tmp_path / "d"), "--outdir", str(tmp_path), "--lr-rule", "sqrt"]
+    rows = exp_sample_insufficiency.main(args)["rows"]
+    assert {(r["arm"], r["batch"]) for r in rows} == {
+        ("vanilla", 2), ("vanilla", 4), ("ema", 2), ("r1", 2), ("optimistic", 2)}
+    assert sorted(r["images_seen"] for r in rows) == [16] * 5 + [32] * 5
+    flags = {b: json.loads((tmp_path / "exp_sample_insufficiency" / "pics-smoke" /
+                            f"vanilla-b{b}-s0" / "config.json").read_text())["flags"]
+             for b in (2, 4)}
+    assert flags[4]["lr_d"] / flags[2]["lr_d"] == pytest.approx(2 ** 0.5)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--batches", "1", "4"], "--batches [1, 4]"), (["--batches", "64"], "--images 32"),
+    (["--arms", "vanilla"], "--arms vanilla: not for --dataset geometry"),
+    (["--batch", "16"], "--batch 16: only 8"), (["--n-train", "0"], "n is 0"),
+    (["--images", "0"], "--images 0"), (["--lr-rule", "cubic"], "invalid choice: 'cubic'"),
+])
+def test_mistakes_in_sample_insufficiency(tmp_path, monkeypatch, capsys, args, message):
+    assert message in mistake(exp_sample_insufficiency, args, tmp_path, monkeypatch, capsys)
 
 
 # --------------------------------------------------------------------------------- theory_sde.py
