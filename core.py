@@ -6,10 +6,12 @@ them. `step` counts updates of G, `d_steps` updates of D.
 """
 import argparse
 import copy
+import io
 import json
 import math
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,7 +21,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-from harness import UserError, atomic, generator, plain, read_rows, save_grid, stop_signals
+from harness import (
+    UserError,
+    atomic,
+    differences,
+    generator,
+    plain,
+    read_rows,
+    save_grid,
+    stop_signals,
+)
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -539,8 +550,11 @@ def grad_norm(net):
 
 
 def read_checkpoint(path):
-    """The dict of a ckpt.pt, opened without running code; UserError if it is none."""
+    """The dict of a ckpt.pt, opened without running code; UserError if it is none or damaged."""
     try:
+        with zipfile.ZipFile(path) as z:                # torch.load does not look at the checksums
+            if bad := z.testzip():
+                raise ValueError(f"{bad} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["G"], state["config"]["model"]
         return state
@@ -578,6 +592,8 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
     log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
     if ckpt.exists():
         state = read_checkpoint(ckpt)
+        if differ := differences(state["config"], plain(cfg)):
+            raise UserError(f"{ckpt} was made with another configuration: {differ}")
         trainer.load(state)
         log[:len(state["log"])] = state["log"].to(log)
     rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
@@ -590,8 +606,10 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
         trainer.capture()
 
     def save(path):
+        file = io.BytesIO()                             # torch.save hides what a full disk says
+        torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, file)
         with atomic(path) as tmp:
-            torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, tmp)
+            tmp.write_bytes(file.getbuffer())
 
     def write(*rows):
         now = {"step": trainer.step, "d_steps": trainer.d_steps}
@@ -611,6 +629,8 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
             if not (caught or any(due(getattr(cfg, f"{what}_every"))
                                   for what in ("log", "eval", "sample", "ckpt"))):
                 continue
+            if not folder.is_dir():
+                raise UserError(f"{folder} has vanished at step {trainer.step}")
             window = log[:(trainer.step - 1) % cfg.log_every + 1].cpu()  # the only host copy
             bad = (~window.isfinite()).any(1).nonzero()
             if len(bad):

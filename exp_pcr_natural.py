@@ -248,7 +248,8 @@ def main(argv=None):
         print(f"scored by {protocol['score']} of {cfg.n_fid} fakes against {protocol['n_real']} "
               f"training images{'; ' + note if note else ''}")
     name = args.name or f"{Path(args.dataset).stem}-{args.model}-{cells[0].preset}"
-    folder = harness.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume)
+    folder = harness.open_run(args.outdir / Path(__file__).stem / name, cells[0], args.resume,
+                              sweep=True)
     ones = [argparse.Namespace(**vars(cfg), arm=arm, seed=seed)
             for cfg in cells for seed in cfg.seeds for arm in cfg.arms]
     rows = harness.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],

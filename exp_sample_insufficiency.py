@@ -506,7 +506,8 @@ def main(argv=None):
         note = fid.rank_note(min(base.n_fid, prepare(cells[-1])[2]["n_real"]), base.dims)
         print(note or f"scored by {base.n_fid} fakes")
     name = args.name or f"{Path(base.dataset).stem}-{base.preset}"
-    folder = harness.open_run(args.outdir / Path(__file__).stem / name, base, args.resume)
+    folder = harness.open_run(args.outdir / Path(__file__).stem / name, base, args.resume,
+                              sweep=True)
     ones = [argparse.Namespace(**vars(cfg), seed=seed) for seed in base.seeds for cfg in cells]
     rows = sum(harness.run_all(run, [(one, folder / run_name(vars(one))) for one in ones],
                                base.jobs, device), [])

@@ -5,6 +5,7 @@ A run leaves `config.json`, `metrics.jsonl`, `samples/*.png`, `ckpt.pt`, `result
 """
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import multiprocessing
@@ -19,7 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
 
 # ------------------------------------------------------------------------------------- runs
 
@@ -57,8 +64,8 @@ def run_flags(parser, presets):
 
 def pick_device(name):
     """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError if the machine lacks it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":  # under torchrun a GPU of its own for each process
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -134,12 +141,41 @@ FREE_TO_CHANGE = {"resume", "jobs", "seeds", "arms", "outdir", "name", "device",
                   "fid_weights"}
 
 
-def open_run(folder, cfg, resume):
+def differences(old, new):
+    """What differs between two configurations so that a run of one cannot go on as the other."""
+    return "; ".join(f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new})
+                     if k not in FREE_TO_CHANGE and old.get(k) != new.get(k))
+
+
+HELD = {}  # the lock files of the run folders that this process works in
+
+
+def hold(folder):
+    """Keep other processes out of a run folder until this one ends; UserError if one is in it."""
+    lock = folder / ".lock"
+    if fcntl and not (folder in HELD and lock.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        HELD[folder] = open(lock, "w")
+        try:
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            HELD.pop(folder).close()
+            raise UserError(f"{folder} is in use by another process") from None
+        except OSError:
+            pass  # a file system without locks
+
+
+def open_run(folder, cfg, resume, sweep=False):
     """Create `folder` with its config.json, or reopen it under `--resume`; returns the Path.
 
-    Raises UserError if it exists and `resume` is false, or if it was made with another config.
+    `sweep`: it is the parent of the run folders; under torchrun the first process opens it for
+    all. Raises UserError if it exists and `resume` is false, if it was made with another config,
+    or if another process works in it.
     """
     folder, cfg, path = Path(folder), plain(cfg), Path(folder) / "config.json"
+    if sweep and join():
+        dist.barrier()  # opened, once the first process is here too
+        return folder
     if path.exists():
         if not resume:
             raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
@@ -147,21 +183,26 @@ def open_run(folder, cfg, resume):
             old = json.loads(path.read_text())["flags"]
         except (json.JSONDecodeError, KeyError):
             raise UserError(f"{path} is damaged: choose another --name") from None
-        differ = [f"{k} was {old.get(k)}, is {cfg.get(k)}" for k in sorted({*old, *cfg})
-                  if k not in FREE_TO_CHANGE and old.get(k) != cfg.get(k)]
-        if differ:
+        if differ := differences(old, cfg):
             raise UserError(f"{folder} was made with another configuration, so choose another "
-                            f"--name: {'; '.join(differ)}")
-    write_json(path, {
-        "flags": cfg, "command": sys.argv, "git": git_hash(), "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "host": platform.machine(),
-        "threads": torch.get_num_threads()})
+                            f"--name: {differ}")
+    hold(folder)
+    write_json(path, {"flags": cfg, "command": sys.argv, "host": platform.machine(),
+                      "threads": torch.get_num_threads(), **versions()})
+    if sweep and dist.is_initialized():
+        dist.barrier()
     return folder
+
+
+def versions():
+    """Commit of the code and versions of what it runs on."""
+    return {"git": git_hash(), "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
 
 
 def announce(configs, dry_run):
     """Print the resolved configurations; returns dry_run, so that a script can stop there."""
-    for cfg in configs:
+    for cfg in configs if int(os.environ.get("RANK", 0)) == 0 else []:
         print("  ".join(f"{k}={v}" for k, v in sorted(plain(cfg).items()) if v is not None))
     return dry_run
 
@@ -172,7 +213,7 @@ def write_result(folder, script, cfg, device, start, rows, paper):
     result = plain({"script": script, "preset": cfg.preset,
                     "seconds": round(time.time() - start, 1),
                     "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
-                    "rows": rows, "paper": paper, "config": cfg})
+                    **versions(), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
     return result
 
@@ -212,10 +253,17 @@ def run_all(run, cells, jobs, device):
     With jobs > 1 each is a process of its own, with its share of the cores; jobs None is one on a
     GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
     A signal stops them all, saved. A process that fails leaves the others going; UserError names
-    it in the end.
+    it in the end. Under torchrun every process takes its share of what is left to do, and the
+    first one alone returns, when all are done.
     """
-    jobs = jobs or (1 if device.type == "cuda" else cores())
+    rank = join()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    jobs = jobs or (1 if device.type == "cuda" else
+                    max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     waiting = [c for c in cells if not (c[1] / "row.json").exists()]
+    if world > 1:
+        dist.barrier()  # before any is done, so that all share out the same cells
+        waiting = waiting[rank::world]
     running, failed, told = [], [], False
     while jobs == 1 and waiting:
         run(*waiting.pop(0))
@@ -238,7 +286,19 @@ def run_all(run, cells, jobs, device):
         sys.exit(128 + caught[0])
     if failed:
         raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        sys.exit(0)
     return [read_json(folder / "row.json") for _, folder in cells]
+
+
+def join():
+    """Rank of this process among those that torchrun started, 0 without it; joins them once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def cores():
@@ -248,6 +308,7 @@ def cores():
 
 def run_alone(run, cfg, folder):
     """What one process of run_all does."""
+    os.environ["WORLD_SIZE"] = "1"  # the share is given out already
     torch.set_num_threads(max(1, cores() // cfg.jobs))
     cli(lambda: run(cfg, folder))
 

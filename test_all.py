@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1509,6 +1510,216 @@ def test_sample_insufficiency_smoke_on_pictures(tmp_path, monkeypatch):
 ])
 def test_mistakes_in_sample_insufficiency(tmp_path, monkeypatch, capsys, args, message):
     assert message in mistake(exp_sample_insufficiency, args, tmp_path, monkeypatch, capsys)
+
+
+# -------------------------------------------------------------- kills, full disks, other processes
+
+# One process that has imported everything forks a run for each line it reads, and prints how it
+# ended: a run costs no second of imports, so that twenty can be killed.
+ZYGOTE = '''
+import argparse, json, os, signal, sys, time
+import torch
+import core, harness, test_all
+torch.set_num_threads(1)
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if not child:
+        def work():
+            trainer = core.Trainer(test_all.config(**order["config"]), test_all.tiny_data(64),
+                                   torch.device("cpu"))
+            folder = harness.open_run(order["folder"], trainer.cfg, True)
+            core.fit(trainer, folder, lambda t: {"fid": float(t.step)})
+        sys.stdout = open(os.devnull, "w")
+        try:
+            harness.cli(work)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        os._exit(0)
+    if order.get("kill_after") is not None:
+        log = os.path.join(order["folder"], "metrics.jsonl")
+        while order.get("signal") and not (os.path.exists(log) and os.path.getsize(log)):
+            time.sleep(0.01)
+        time.sleep(order["kill_after"])
+        os.kill(child, order.get("signal", signal.SIGKILL))
+    if order.get("kill_in_write") is not None:                  # while a checkpoint is half written
+        seen, end = 0, time.time() + 60
+        while seen < order["kill_in_write"] and time.time() < end:
+            seen += any(f.name.startswith(".ckpt.pt") for f in os.scandir(order["folder"]))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+'''
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """run(folder, **order) -> exit code of a training in a process of its own, killed or not."""
+    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=HERE, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+
+    def run(folder, config, **order):
+        folder.mkdir(exist_ok=True)
+        process.stdin.write(json.dumps({"folder": str(folder), "config": config, **order}) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+LONG = dict(steps=60, width=32, log_every=4, eval_every=6, ckpt_every=1, sample_every=60)
+
+
+def finished(folder):
+    """Weights and metrics that a run left."""
+    state = core.read_checkpoint(folder / "ckpt.pt")
+    return ({f"{n}.{k}": v for n in ("G", "D", "G_ema") for k, v in state[n].items()},
+            (folder / "metrics.jsonl").read_text(), state["step"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
+    assert zygote(tmp_path / "whole", LONG) == 0
+    weights, metrics, _ = finished(tmp_path / "whole")
+    rng, kills, inside, cut = np.random.default_rng(0), 0, 0, tmp_path / "cut"
+    orders = [{"kill_after": t} for t in rng.uniform(0.02, 0.35, 12)]
+    orders += [{"kill_in_write": int(n)} for n in rng.integers(1, 6, 12)]
+    rng.shuffle(orders)
+    for order in orders:
+        code = zygote(cut, LONG, **order)
+        assert code in (-signal.SIGKILL, 0)
+        kills += code != 0
+        inside += code != 0 and "kill_in_write" in order
+        if (cut / "ckpt.pt").exists():
+            assert 1 <= core.read_checkpoint(cut / "ckpt.pt")["step"] <= 60     # always whole
+        if code == 0:                                                           # again from nothing
+            cut = tmp_path / f"cut{kills}"
+    assert zygote(cut, LONG) == 0
+    again, rows, step = finished(cut)
+    assert step == 60 and rows == metrics
+    assert all(torch.equal(again[k], weights[k]) for k in weights)
+    assert kills >= 20 and inside >= 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_first(tmp_path, zygote, number, code):
+    long = {**LONG, "steps": 5000, "ckpt_every": 5000}
+    assert zygote(tmp_path / "run", long, kill_after=0.1, signal=number) == code
+    assert 0 < core.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 5000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk],
+                      capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(small_disk, capsys):
+    with pytest.raises(ZeroDivisionError):
+        fit(small_disk / "run", lambda trainer: {"fid": 1 / (6 - trainer.step)}, steps=9, width=8)
+    before = (small_disk / "run" / "ckpt.pt").read_bytes()
+    rest = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(rest.f_bavail * rest.f_frsize - 8192))
+    trainer = core.Trainer(config(steps=9, width=8), tiny_data(), torch.device("cpu"))
+    with pytest.raises(SystemExit) as stopped:
+        harness.cli(lambda: core.fit(trainer, small_disk / "run"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "No space left" in error and error.count("\n") == 1
+    assert (small_disk / "run" / "ckpt.pt").read_bytes() == before
+    assert not list((small_disk / "run").glob(".*.tmp*"))
+
+
+def test_a_read_only_folder_is_one_line(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(SystemExit) as stopped:
+        harness.cli(lambda: exp_sc.main(["--smoke", "--outdir", str(small_disk / "out")]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Read-only file system" in error and error.count("\n") == 1
+
+
+def test_a_vanished_folder_is_one_line(tmp_path, capsys):
+    trainer = core.Trainer(config(steps=9), tiny_data(), torch.device("cpu"))
+    folder, update = harness.open_run(tmp_path / "run", trainer.cfg, resume=False), trainer.update
+
+    def vanish():
+        if trainer.step == 4 and folder.exists():
+            shutil.rmtree(folder)
+        return update()
+
+    trainer.update = vanish
+    with pytest.raises(SystemExit) as stopped:
+        harness.cli(lambda: core.fit(trainer, folder))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and str(folder) in error and error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_two_processes_in_a_run_folder(tmp_path):
+    harness.open_run(tmp_path / "run", config(), resume=True)
+    harness.open_run(tmp_path / "run", config(), resume=True)           # the same one may
+    other = ("import harness, sys; harness.cli(lambda: harness.hold(harness.Path(sys.argv[1])))")
+    for folder, code in ((tmp_path / "run", 2), (tmp_path / "free", 0)):
+        result = subprocess.run([sys.executable, "-c", other, str(folder)], cwd=HERE, text=True,
+                                capture_output=True)
+        assert result.returncode == code
+        assert ("in use by another process" in result.stderr) == bool(code)
+
+
+def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path):
+    fit(tmp_path / "a", steps=3)
+    other = core.Trainer(config(steps=6, lr_g=0.5), tiny_data(), torch.device("cpu"))
+    with pytest.raises(UserError, match="another configuration: lr_g was 0.01, is 0.5; steps was"):
+        core.fit(other, tmp_path / "a")
+    path = tmp_path / "a" / "ckpt.pt"
+    content, weights = bytearray(path.read_bytes()), core.read_checkpoint(path)["G"]["0.weight"]
+    content[content.find(weights.numpy().tobytes()) + 5] ^= 1           # a single flipped bit
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="ckpt.pt is no checkpoint|damaged"):
+        fit(tmp_path / "a", steps=3)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_torchrun_shares_out_the_grid_and_takes_up_what_a_dead_process_left(tmp_path):
+    args = ["exp_pixel_combination.py", "--smoke", "--seeds", "0", "1", "--outdir", str(tmp_path)]
+    run = [*TORCHRUN, *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The second process dies in its first run, without a word.
+    killer = tmp_path / "sitecustomize.py"
+    killer.write_text("import os\n"
+                      "if os.environ.get('RANK') == '1':\n"
+                      "    import threading, time\n"
+                      "    def die():\n"
+                      "        import glob\n"
+                      f"        while not glob.glob({str(tmp_path)!r} + '/*/*/vanilla-s1/"
+                      "metrics.jsonl'):\n"
+                      "            time.sleep(0.001)\n"
+                      "        os.kill(os.getpid(), 9)\n"
+                      "    threading.Thread(target=die, daemon=True).start()\n")
+    dead = subprocess.run(run, cwd=HERE, env={**env, "PYTHONPATH": str(tmp_path)}, text=True,
+                          capture_output=True, timeout=300)
+    folder = tmp_path / "exp_pixel_combination" / "geometry-smoke"
+    assert dead.returncode and not (folder / "result.json").exists()
+    assert not (folder / "vanilla-s1" / "row.json").exists()
+    done = subprocess.run([*run, "--resume"], cwd=HERE, env=env, text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    assert {(r["arm"], r["seed"]) for r in rows} == {(a, s) for a in ("vanilla", "pcr")
+                                                     for s in (0, 1)}
+    alone = exp_pixel_combination.main([*args[1:], "--outdir", str(tmp_path / "alone")])
+    assert rows == alone["rows"]
+    assert done.stdout.count("figure.png") == 1                         # one process reports
 
 
 # --------------------------------------------------------------------------------- theory_sde.py
