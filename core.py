@@ -9,23 +9,28 @@ import copy
 import io
 import json
 import math
+import os
 import sys
 import time
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 from harness import (
+    Follower,
     UserError,
     atomic,
     differences,
     generator,
+    join,
     plain,
     read_rows,
     save_grid,
@@ -57,6 +62,8 @@ def train_flags(parser):
     g.add_argument("--engine", default="eager", choices=["eager", "graph", "compile"],
                    help="graph: an update as one CUDA graph, untested; compile: both networks by "
                         "torch.compile, without a penalty (%(default)s)")
+    g.add_argument("--data-parallel", action="store_true",
+                   help="under torchrun: all processes share each batch, not the list of runs")
     g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
     g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
     g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
@@ -85,6 +92,8 @@ def resolve(args, *presets, **fixed):
     steps and d_steps follow from each other by n_dis; eval, sample and ckpt_every are `checks` to
     a run where they are not given. Raises UserError for values that no training can have.
     """
+    if args.data_parallel and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UserError("--data-parallel: start it with torchrun, on two processes at least")
     cfg = {k: v for k, v in vars(args).items()
            if k not in ("sample", "n", "out", "plot", "dry_run")}
     given = {k: v for k, v in cfg.items() if v is not None}
@@ -128,6 +137,24 @@ def init(layer, kind="dcgan"):
 def norm_layer(kind, channels):
     return {"none": lambda: nn.Identity(), "batch": lambda: nn.BatchNorm2d(channels),
             "layer": lambda: nn.GroupNorm(1, channels)}[kind]()
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the shards of all processes: what one process does with the whole batch."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        world = dist.get_world_size()
+        sums = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        mean, square = all_reduce(sums) / world         # differentiable
+        var, n = square - mean ** 2, x.numel() // x.shape[1] * world
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        x = (x - mean[:, None, None]) * (var + self.eps).rsqrt()[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Attention(nn.Module):
@@ -239,12 +266,14 @@ LOSSES = {
 }
 
 
-def gradient_penalty(D, x_real, x_neg, gen=None):
+def gradient_penalty(D, x_real, x_neg, eps=None):
     """Mean of (|grad D| - 1)^2 at random points between pairs, Gulrajani et al. (2017), eq. 3.
 
-    x_real, x_neg (B, C, H, W) -> scalar with a graph, ready to be added to D's loss.
+    x_real, x_neg (B, C, H, W) -> scalar with a graph, ready to be added to D's loss. `eps`
+    (B, 1, 1, 1) in [0, 1] says where between the two; uniform by default.
     """
-    eps = torch.rand(len(x_real), 1, 1, 1, generator=gen, device=x_real.device)
+    if eps is None:
+        eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
     x_hat = torch.lerp(x_real, x_neg, eps).requires_grad_()
     grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
@@ -351,6 +380,10 @@ class Trainer:
     negatives of eq. (13), None for none. `correct(trainer, x_fake) -> (x_fake, weight (B,))` is
     Sample Correction, None for none. `penalise(trainer, x_real) -> scalar` is added to D's loss.
     `optimizer` has the arguments of Adam. Raises UserError if the batch is larger than the data.
+
+    Under --data-parallel every process holds the same networks and random stream and works on its
+    shard of each batch; gradients and batch norm are those of the whole batch, so that the numbers
+    are one process's up to rounding; the hooks see a shard (PCR pairs and SC counts within it).
     """
 
     METRICS = ("d_loss", "g_loss", "d_real", "d_fake", "d_comb", "gp", "kept", "d_grad", "g_grad")
@@ -361,10 +394,19 @@ class Trainer:
         self.cfg, self.device = cfg, device
         self.combine, self.correct, self.penalise = combine, correct, penalise
         self.data = data.to(device)
+        self.rank, self.world = 0, 1
+        if cfg.data_parallel:
+            self.rank, self.world = join(), dist.get_world_size()
+            if cfg.batch % self.world or cfg.batch < 2 * self.world:
+                raise UserError(f"--batch {cfg.batch}: {self.world} processes need a multiple of "
+                                f"{self.world} and two images each")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.G, self.D = (net.to(device, memory_format=torch.channels_last)
                               for net in build(cfg))
+        for layer in (*self.G.modules(), *self.D.modules()):
+            if self.world > 1 and type(layer) is nn.BatchNorm2d:
+                layer.__class__ = SharedBatchNorm
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False) if cfg.ema_beta else None
         self.opt_g, self.opt_d = (
             optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
@@ -400,7 +442,20 @@ class Trainer:
 
     def fake(self, n=None):
         """Images of G for fresh latents, (n or B, C, H, W)."""
-        return self.G(self.latent(n or self.cfg.batch))
+        return self.G(self.shard(self.latent(n or self.cfg.batch)))
+
+    def shard(self, x):
+        """The part of a whole batch (B, ...) that this process works on."""
+        size = len(x) // self.world
+        return x[self.rank * size:(self.rank + 1) * size]
+
+    def average(self, tensors):
+        """Replace each tensor by its mean over the processes."""
+        if self.world > 1:
+            whole = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(whole)
+            for t, mean in zip(tensors, (whole / self.world).split([t.numel() for t in tensors])):
+                t.copy_(mean.view_as(t))
 
     def shown(self, n=64):
         """Images to look at, the same latents every time: uint8 (<= n, C, H, W)."""
@@ -409,7 +464,7 @@ class Trainer:
     def d_update(self):
         """One update of D -> (d_loss, d_real, d_fake, d_comb, gp, kept, d_grad), 0-d tensors."""
         cfg, D = self.cfg, self.D
-        x_real = self.real()
+        x_real = self.shard(self.real())
         with torch.no_grad():
             x_fake, weight, x_comb = self.fake(), None, None
             if self.correct:
@@ -434,12 +489,14 @@ class Trainer:
                 # UNSPECIFIED: whether the penalty reaches the combinations. By default it does
                 # not; with --gp-comb half of its lines end in a combination.
                 x_neg = torch.cat([x_comb[::2], x_fake[1::2]])
-            gp = gradient_penalty(D, x_real, x_neg, self.gen)
+            eps = torch.rand(cfg.batch, 1, 1, 1, generator=self.gen, device=self.device)
+            gp = gradient_penalty(D, x_real, x_neg, self.shard(eps))
             d_loss = d_loss + cfg.gp_weight * gp
         if self.penalise:
             d_loss = d_loss + self.penalise(self, x_real)
         self.opt_d.zero_grad()
         d_loss.backward()
+        self.average([p.grad for p in D.parameters()])
         self.opt_d.step()
         kept = d_loss.new_ones(()) if weight is None else (weight > 0).float().mean()
         return (d_loss, d_real.mean(), d_fake.mean(), d_comb.mean(), gp.mean(), kept,
@@ -450,6 +507,7 @@ class Trainer:
         g_loss = self.for_g(self.D(self.fake())).mean()
         self.opt_g.zero_grad()
         g_loss.backward(inputs=list(self.G.parameters()))
+        self.average([p.grad for p in self.G.parameters()])
         self.opt_g.step()
         if self.G_ema is not None:
             with torch.no_grad():  # weights are averaged, batch-norm statistics copied
@@ -474,7 +532,9 @@ class Trainer:
         for _ in range(self.cfg.n_dis):
             d_loss, *d_rest = self.d_update()
         g_loss, g_grad = self.g_update()
-        return torch.stack([d_loss, g_loss, *d_rest, g_grad]).detach()
+        metrics = torch.stack([d_loss, g_loss, *d_rest, g_grad]).detach()
+        self.average([metrics])
+        return metrics
 
     def update(self):
         """`iterate` at this update's step sizes, counted."""
@@ -586,7 +646,8 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
     evaluate(trainer) -> dict of numbers, called every eval_every updates; the state of the lowest
     `best` so far is kept as best.pt. A log is the mean over log_every updates, with `each_step` a
     row for each of them. Raises UserError at the first metric that is not finite. A first Ctrl-C
-    or SIGTERM finishes the update, saves, and exits 130 or 143.
+    or SIGTERM finishes the update, saves, and exits 130 or 143. Under --data-parallel the first
+    process alone writes and returns, the others end in Follower.
     """
     cfg, ckpt, metrics = trainer.cfg, folder / "ckpt.pt", folder / "metrics.jsonl"
     log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
@@ -596,6 +657,11 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
             raise UserError(f"{ckpt} was made with another configuration: {differ}")
         trainer.load(state)
         log[:len(state["log"])] = state["log"].to(log)
+    if trainer.rank:
+        with stop_signals() as caught:
+            while trainer.step < cfg.steps and not caught:
+                trainer.update()
+        raise Follower
     rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
     with atomic(metrics) as tmp:
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))

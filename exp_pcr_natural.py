@@ -154,7 +154,7 @@ def train(cfg, folder):
     """One arm and seed, from scratch or from its checkpoint -> what its score is."""
     images, score, protocol = prepare(cfg)
     trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), combine=ARMS[cfg.arm])
-    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume)
+    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
     core.fit(trainer, folder, score)
     return protocol
 

@@ -43,7 +43,7 @@ PRESETS = {
         base=2, flip=False, lr_decay=False, ema_beta=0.0, n_fid=64, checks=48, sample_every=None,
         log_every=50),
     # DEVIATION: a canvas and squares half as wide, and half the channels.
-    "cpu": dict(size=16, width=32, lr_g=1e-3, lr_d=1e-3, images=51_200, batches=[8, 16, 32],
+    "cpu": dict(size=16, width=32, lr_g=1e-3, lr_d=1e-3, images=38_400, batches=[8, 16, 32],
                 checks=24),
     "smoke": dict(jobs=1, size=16, n_train=8, batch=4, batches=[2, 4], images=32, width=8,
                   z_dim=8, checks=2, log_every=2),
@@ -189,7 +189,7 @@ def run_geometry(cfg, folder):
     """One law, batch and seed -> its row."""
     images = geometry.draw(cfg.n_train, 2, cfg.size, cfg.size // 4, seed=cfg.seed)
     trainer = Sampler(cfg, images, harness.pick_device(cfg.device))
-    harness.open_run(folder, cfg, cfg.resume)
+    harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
     core.fit(trainer, folder, scorer(images, cfg.size // 4, folder), "assignment_distance",
              each_step=True)
     rows = harness.read_rows(folder / "metrics.jsonl")
@@ -266,7 +266,7 @@ def run_photos(cfg, folder):
     # UNSPECIFIED: what R1 does to WGAN-GP. It takes the place of the gradient penalty.
     more = {"r1": {"penalise": r1}, "optimistic": {"optimizer": OptimisticAdam}}.get(cfg.arm, {})
     trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), **more)
-    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume)
+    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
     core.fit(trainer, folder, score)
     rows = [{"arm": arm, "batch": cfg.batch, "seed": cfg.seed, "step": r["step"],
              "images_seen": r["d_steps"] * cfg.batch, "fid": r[key], "n_fid": cfg.n_fid, **protocol}

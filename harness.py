@@ -35,6 +35,10 @@ class UserError(ValueError):
     """A user's mistake. The message is the one line shown before exit code 2."""
 
 
+class Follower(Exception):
+    """Ends a run in every process but the first, where all work on the same one."""
+
+
 def cli(main):
     """Run `main()` as a command: a user's mistake or a full disk is one line and exit code 2."""
     try:
@@ -168,9 +172,9 @@ def hold(folder):
 def open_run(folder, cfg, resume, sweep=False):
     """Create `folder` with its config.json, or reopen it under `--resume`; returns the Path.
 
-    `sweep`: it is the parent of the run folders; under torchrun the first process opens it for
-    all. Raises UserError if it exists and `resume` is false, if it was made with another config,
-    or if another process works in it.
+    `sweep`: under torchrun the first process opens it for all (the parent of the run folders, or
+    a run that all work on). Raises UserError if it exists and `resume` is false, if it was made
+    with another config, or if another process works in it.
     """
     folder, cfg, path = Path(folder), plain(cfg), Path(folder) / "config.json"
     if sweep and join():
@@ -253,20 +257,21 @@ def run_all(run, cells, jobs, device):
     With jobs > 1 each is a process of its own, with its share of the cores; jobs None is one on a
     GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
     A signal stops them all, saved. A process that fails leaves the others going; UserError names
-    it in the end. Under torchrun every process takes its share of what is left to do, and the
-    first one alone returns, when all are done.
+    it in the end. Under torchrun every process takes its share of what is left to do, or of each
+    batch (--data-parallel), and the first one alone returns, when all are done.
     """
-    rank = join()
+    rank, together = join(), vars(cells[0][0]).get("data_parallel")
     world = dist.get_world_size() if dist.is_initialized() else 1
     jobs = jobs or (1 if device.type == "cuda" else
                     max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     waiting = [c for c in cells if not (c[1] / "row.json").exists()]
     if world > 1:
         dist.barrier()  # before any is done, so that all share out the same cells
-        waiting = waiting[rank::world]
+        jobs, waiting = (1, waiting) if together else (jobs, waiting[rank::world])
     running, failed, told = [], [], False
     while jobs == 1 and waiting:
-        run(*waiting.pop(0))
+        with contextlib.suppress(Follower):
+            run(*waiting.pop(0))
     spawn = multiprocessing.get_context("spawn")
     with stop_signals() as caught:
         while running or (waiting and not caught):

@@ -56,7 +56,7 @@ def config(**changes):
         init_d="he", base=4, loss="wgan", batch=4, n_dis=2, steps=6, lr_g=1e-2, lr_d=1e-2,
         beta1=0.5, beta2=0.9,
         gp_weight=10.0, gp_comb=False, comb_weight=0.5, flip=True, lr_decay=True, ema_beta=0.9,
-        seed=0, jobs=1, engine="eager",
+        seed=0, jobs=1, engine="eager", data_parallel=False,
         log_every=4, eval_every=3, sample_every=3, ckpt_every=3, n_fid=8), **changes})
 
 
@@ -1720,6 +1720,41 @@ def test_torchrun_shares_out_the_grid_and_takes_up_what_a_dead_process_left(tmp_
     alone = exp_pixel_combination.main([*args[1:], "--outdir", str(tmp_path / "alone")])
     assert rows == alone["rows"]
     assert done.stdout.count("figure.png") == 1                         # one process reports
+
+
+def test_data_parallel_is_one_process_up_to_rounding(tmp_path):
+    args = ["exp_pcr_natural.py", "--smoke", "--dataset", "geometry", "--n-train", "64",
+            "--batch", "8", "--flip", "--arms", "vanilla", "--data-dir", str(tmp_path / "d")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = [*args, "--model", "all", "--outdir"]                       # penalty, batch norm, SN
+    exp_pcr_natural.main([*flags[1:], str(tmp_path / "one")])
+    done = subprocess.run([*TORCHRUN, *flags, str(tmp_path / "two"), "--data-parallel"],
+                          cwd=HERE, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for model in ("wgangp", "lsgan", "sagan"):
+        runs = [tmp_path / n / f"exp_pcr_natural/geometry-all-smoke/geometry-{model}-vanilla-s0"
+                for n in ("one", "two")]
+        one, two = (harness.read_rows(run / "metrics.jsonl") for run in runs)
+        assert len(one) == len(two) == 4
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-3, abs=1e-4)
+        images, scores = [], []
+        for run in runs:
+            state = core.read_checkpoint(run / "ckpt.pt")
+            G, D = core.build(argparse.Namespace(**state["config"]))
+            G.load_state_dict(state["G"])
+            D.load_state_dict(state["D"])
+            with torch.no_grad():
+                images.append(G.eval()(torch.ones(4, 16).cumsum(0) / 4))
+                scores.append(D.eval()(images[0]))
+        torch.testing.assert_close(*images, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+
+
+def test_data_parallel_refusals(tmp_path, monkeypatch, capsys):
+    message = mistake(exp_pcr_natural, ["--dataset", "geometry", "--data-parallel"], tmp_path,
+                      monkeypatch, capsys)
+    assert "--data-parallel: start it with torchrun" in message
 
 
 # --------------------------------------------------------------------------------- theory_sde.py
