@@ -1,6 +1,7 @@
 """All tests: `pytest test_all.py`. No network. Tests on real images and published weights run where
 GAN_DATA names a folder that holds them, and are skipped elsewhere."""
 import argparse
+import importlib.util
 import io
 import itertools
 import json
@@ -1755,6 +1756,27 @@ def test_data_parallel_refusals(tmp_path, monkeypatch, capsys):
     message = mistake(exp_pcr_natural, ["--dataset", "geometry", "--data-parallel"], tmp_path,
                       monkeypatch, capsys)
     assert "--data-parallel: start it with torchrun" in message
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def test_readme_says_what_the_results_say():
+    spec = importlib.util.spec_from_file_location("table", HERE / "results" / "table.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    text = (HERE / "README.md").read_text()
+    shown = text[text.index(made.FIRST) + len(made.FIRST):text.index(made.LAST)]
+    again = "run `python results/table.py --write`"
+    assert shown.strip() == made.table(), again
+    assert (HERE / "results" / "README.md").read_text() == made.provenance(), again
+    committed = {str(p.parent.relative_to(HERE / "results"))
+                 for p in (HERE / "results").rglob("result.json")}
+    assert committed <= set(made.COMMANDS), "a folder without a command"
+    assert all((HERE / "results" / name / "figure.png").exists() for name in committed)
+    assert made.verdict([3, 4], [1, 2]) == "holds" and made.verdict([1, 4], [2, 2]) == "in part"
+    assert made.verdict([1, 2], [3, 4]) == "**no**"
+    assert made.verdict([1], [3], False).startswith("not")
 
 
 # --------------------------------------------------------------------------------- theory_sde.py

@@ -1,0 +1,227 @@
+"""The tables of README.md and results/README.md, made from the result.json files beside this one.
+
+    python results/table.py            # print the README's table
+    python results/table.py --write    # put it into README.md, and write results/README.md
+
+A verdict compares two lists of numbers, one a seed: `holds` if all of one are better than all of
+the other, `in part` if only their means are in that order, `no` if not even these; with one seed
+`not decided`.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FIRST, LAST = "<!-- results: made by results/table.py -->", "<!-- end of results -->"
+COMMANDS = {  # a folder here, and the command whose run folder it came from
+    "exp_sc/geometry": "python exp_sc.py --preset cpu --seeds 0 1 2",
+    "exp_sc/cifar10": "python exp_sc.py --dataset cifar10 --preset cpu",
+    "exp_sc/celeba": "python exp_sc.py --dataset celeba --preset cpu",
+    "exp_pixel_combination/geometry": "python exp_pixel_combination.py --preset cpu",
+    "exp_pixel_combination/cifar10":
+        "python exp_pixel_combination.py --dataset cifar10 --preset cpu",
+    "exp_pixel_combination/celeba": "python exp_pixel_combination.py --dataset celeba --preset cpu",
+    "exp_sample_insufficiency/geometry":
+        "python exp_sample_insufficiency.py --preset cpu --seeds 0 1 2",
+    "exp_sample_insufficiency/cifar10":
+        "python exp_sample_insufficiency.py --dataset cifar10 --preset cpu",
+    "exp_sample_insufficiency/celeba":
+        "python exp_sample_insufficiency.py --dataset celeba --preset cpu",
+    **{f"exp_pcr_natural/{d}-{m}": f"python exp_pcr_natural.py --model {m} --dataset {d} "
+       f"--preset cpu{more}"
+       for d, m, more in (("cifar10", "wgangp", ""), ("cifar10", "lsgan", ""),
+                          ("cifar10", "sagan", ""), ("celeba", "wgangp", ""),
+                          ("imagenet", "wgangp", " --steps 40 --n-fid 48 --n-real 128"))},
+    "theory_sde": "python theory_sde.py --preset cpu",
+}
+
+
+def read(name):
+    """The result.json of a folder, or None."""
+    path = HERE / name / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def values(rows, key, **where):
+    """The numbers under `key` of the rows that have these entries, in the order of the file."""
+    return [r[key] for r in rows if all(r.get(k) == v for k, v in where.items())]
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def verdict(better, worse, higher=True):
+    """One word on `better` against `worse`, see above."""
+    sign = 1 if higher else -1
+    a, b = ([sign * x for x in numbers] for numbers in (better, worse))
+    if len(a) < 2 or len(b) < 2:
+        return "not decided (one seed)"
+    return "holds" if min(a) > max(b) else "in part" if mean(a) > mean(b) else "**no**"
+
+
+def percent(numbers):
+    """`73% (70 to 74, n=3)` of shares."""
+    low, high = (f"{100 * f(numbers):.0f}" for f in (min, max))
+    span = f"{low} to {high}, " if low != high else ""
+    return f"{100 * mean(numbers):.0f}% ({span}n={len(numbers)})"
+
+
+def rectangles(lines):
+    """Figures 1, 7 and 3 (top), 2 (left) and 6."""
+    if result := read("exp_sc/geometry"):
+        rows = result["rows"]
+        shares = {a: values(rows, "correct", arm=a) for a in ("vanilla", "pcr", "sc", "sc+pcr")}
+        for arm, paper in (("vanilla", "fails often"), ("pcr", "70%"), ("sc", "97%"),
+                           ("sc+pcr", "99%")):
+            exact = values(rows, "correct_exact", arm=arm)
+            lines.append(("Figure 1", f"images of exactly two rectangles, {arm}", paper,
+                          f"{percent(shares[arm])}; to the pixel {100 * mean(exact):.0f}%",
+                          "" if arm == "vanilla" else verdict(shares[arm], shares["vanilla"])))
+        found = values(rows, "coverage_exact", arm="sc+pcr")
+        new = values(rows, "unseen_share", arm="sc+pcr")
+        lines.append(("Figure 7", "training images found exactly among samples, sc+pcr",
+                      "most of 30", f"{', '.join(map(str, found))} of 30 in "
+                      f"{rows[0]['n_cover']:,} samples; {100 * mean(new):.0f}% of correct samples "
+                      "are new images", "holds" if min(found) > 15 else "**no**"))
+    if result := read("exp_sample_insufficiency/geometry"):
+        rows = result["rows"]
+        for key, what, show, higher in (
+                ("correct", "codes with two rectangles", percent, True),
+                ("changes_per_code", "codes whose image changes from check to check", percent,
+                 False),
+                ("d_loss_var", "variance of D's loss, last third",
+                 lambda v: f"{mean(v):.2g} (n={len(v)})", False)):
+            full, part = values(rows, key, arm="fgd"), values(rows, key, arm="wor", batch=16)
+            lines.append(("Figures 2, 6", f"{what}: FGD (64), MGD (16)", "FGD settles, MGD not",
+                          f"{show(full)}, {show(part)}", verdict(full, part, higher)))
+    if result := read("exp_pixel_combination/geometry"):
+        rows = result["rows"]
+        last = max(values(rows, "step"))
+        for arm, paper in (("vanilla", "prevail"), ("pcr", "not tried")):
+            both = [a + b for a, b in zip(values(rows, "share_and", arm=arm, step=last),
+                                          values(rows, "share_or", arm=arm, step=last))]
+            lines.append(("Figure 3, top", f"samples that are the AND or OR of two images, {arm}",
+                          paper, percent(both), "in part" if arm == "vanilla" else ""))
+        for arm in ("vanilla", "pcr"):
+            logits = [mean(values(rows, k, arm=arm, step=300))
+                      for k in ("d_real", "d_and", "d_or", "d_three")]
+            lines.append((
+                "Figure 3, top", f"D on reals, AND, OR, three squares elsewhere, {arm}, step 300",
+                "reals = AND = OR, early" if arm == "vanilla" else "not tried",
+                ", ".join(f"{v:.1f}" for v in logits),
+                ("holds" if min(logits[1:3]) > mean([logits[0], logits[3]]) else "**no**")
+                if arm == "vanilla" else ""))
+
+
+def photographs(lines):
+    """Table 1, Figures 2 (right), 3 (bottom), 4 and 5."""
+    for name in [n for n in COMMANDS if n.startswith("exp_pcr_natural/")]:
+        if result := read(name):
+            dataset, model = name.split("/")[1].split("-")
+            fids = {a: values(result["rows"], "best_fid", arm=a) for a in ("vanilla", "pcr")}
+            paper = (result["paper"].get(f"{dataset}, {model}")
+                     or {r["arm"]: r["paper"] for r in result["paper"]["table_1"]})
+            lines.append(("Table 1", f"{dataset}, {model}: best FID, vanilla → pcr",
+                          f"{paper['vanilla']} → {paper['pcr']}",
+                          f"{result['rows'][0]['score'].replace('*', chr(92) + '*')} "
+                          f"{min(fids['vanilla']):.0f} → {min(fids['pcr']):.0f} "
+                          f"({result['rows'][0]['n_fid']} fakes, n={len(fids['pcr'])})",
+                          verdict(fids["pcr"], fids["vanilla"], higher=False)))
+    lines.append(("Table 1", "the other cells, and all of it at the preset `paper`", "", "not run",
+                  ""))
+    for dataset in ("celeba", "cifar10"):
+        if result := read(f"exp_sample_insufficiency/{dataset}"):
+            rows = result["rows"]
+            sizes = sorted(set(values(rows, "batch", arm="vanilla")))
+            seen = max(values(rows, "images_seen"))
+            last = {b: values([r for r in rows if r["images_seen"] > 0.95 * seen], "fid",
+                              arm="vanilla", batch=b) for b in sizes}
+            means = [mean(last[b]) for b in sizes]
+            word = ("holds" if means == sorted(means, reverse=True) else
+                    "in part" if means[-1] < means[0] else "**no**")
+            lines.append(("Figure 2, right", f"{dataset}: {rows[0]['score']} after {seen:,} "
+                          f"images, batch {', '.join(map(str, sizes))}",
+                          "the larger the better", ", ".join(f"{m:.3g}" for m in means)
+                          + f" (n={len(last[sizes[0]])})", word))
+    for dataset in ("celeba", "cifar10"):
+        if result := read(f"exp_pixel_combination/{dataset}"):
+            row = next(r for r in result["rows"] if r.get("part") == "combination")
+            lines.append((
+                "Figure 3, bottom", f"{dataset}: images nearer to an average of two training "
+                "images than to any; generated, held-out", "generated ones are averages",
+                f"{100 * row['nearer_average_fake']:.0f}%, "
+                f"{100 * row['nearer_average_heldout']:.0f}%",
+                "**no**: as many photographs are" if row["nearer_average_fake"]
+                <= row["nearer_average_heldout"] else "in part"))
+            sets = {r["method"]: r for r in result["rows"] if r.get("part") == "gam"}
+            lines.append((
+                "Figure 4", f"{dataset}: {sets['gam']['score']} of averages of neighbours, of "
+                "the GAN, of held-out images", "GAM and GAN comparable",
+                ", ".join(f"{sets[k]['fid']:.2g}" for k in ("gam", "vanilla", "held-out")),
+                "not decided: the GAN is small"))
+    for dataset in ("cifar10", "celeba"):
+        if result := read(f"exp_sc/{dataset}"):
+            rows = result["rows"]
+            last = max(values(rows, "step"))
+            for key, what in (("fid", "FID"), ("dif", "DIF")):
+                ends = {a: values(rows, key, arm=a, step=last) for a in ("vanilla", "sc", "random")}
+                lines.append(("Figure 5", f"{dataset}, 32 images: {what}; vanilla, sc, random "
+                              "replacement", "sc far better",
+                              ", ".join(f"{mean(v):.3g}" for v in ends.values())
+                              + f" (n={len(ends['sc'])})",
+                              verdict(ends["sc"], ends["vanilla"], higher=False)))
+
+
+def theory(lines):
+    if result := read("theory_sde"):
+        z = [abs(r["z"]) for r in result["rows"] if r["z"] is not None]
+        lines.append(("Theorems 1, 2", "variance of θ is Θ(1/m)", "proved",
+                      f"exact laws, {len(z)} checks, largest z {max(z):.1f}: t/m (Theorem 1), a "
+                      "cycle around 1/m (Theorem 2)", "in part"))
+        lines.append(("Theorem 3", "an L-Lipschitz D accepts averages of close reals", "proved",
+                      "no violation; its premise holds for few pairs",
+                      "holds, and explains little"))
+
+
+def table():
+    """The README's table, in Markdown."""
+    lines = []
+    rectangles(lines)
+    photographs(lines)
+    theory(lines)
+    head = ["| paper | what | paper's number | here | claim |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def provenance():
+    """results/README.md: where every file came from."""
+    lines = ["# Results", "", "Made by `python results/table.py --write`; add `--data-dir` to the "
+             "commands, or set `GAN_DATA`. `git` is the commit the run was started at (a dash: "
+             "not recorded then).", "", "| folder | command | preset | seeds | device | seconds | "
+             "git |", "|---|---|---|---|---|---|---|"]
+    for name, command in COMMANDS.items():
+        if result := read(name):
+            seeds = result["config"].get("seeds", [0])
+            lines.append(f"| `{name}` | `{command}` | {result['preset']} | "
+                         f"{' '.join(map(str, seeds))} | {result['device']} | "
+                         f"{result['seconds']:.0f} | {result.get('git') or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="update the two README files")
+    if parser.parse_args(argv).write:
+        readme = HERE.parent / "README.md"
+        text = readme.read_text()
+        start, end = text.index(FIRST) + len(FIRST), text.index(LAST)
+        readme.write_text(f"{text[:start]}\n{table()}\n{text[end:]}")
+        (HERE / "README.md").write_text(provenance())
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
