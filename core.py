@@ -78,10 +78,11 @@ def train_flags(parser):
 
 
 BOUNDS = {  # smallest and largest value that a training can have
-    **dict.fromkeys(("steps", "d_steps", "n_dis", "z_dim", "width", "checks", "jobs", "log_every",
-                     "eval_every", "sample_every", "ckpt_every"), (1, 10 ** 12)),
-    **dict.fromkeys(("batch", "n_fid"), (2, 10 ** 9)),
-    **dict.fromkeys(("lr_g", "lr_d", "gp_weight"), (0, math.inf)),
+    **dict.fromkeys(("steps", "d_steps", "n_dis", "checks", "jobs", "eval_every", "sample_every",
+                     "ckpt_every"), (1, 10 ** 12)),
+    **dict.fromkeys(("z_dim", "log_every"), (1, 10 ** 6)), "width": (1, 4096),
+    **dict.fromkeys(("batch", "n_fid"), (2, 10 ** 6)),
+    **dict.fromkeys(("lr_g", "lr_d", "gp_weight"), (0, 10 ** 6)),
     **dict.fromkeys(("beta1", "beta2", "ema_beta", "comb_weight"), (0, 0.999999)),
 }
 
@@ -117,7 +118,12 @@ def resolve(args, *presets, **fixed):
     cfg["log_every"] = min(cfg["log_every"], cfg["steps"])
     for key in ("eval_every", "sample_every", "ckpt_every"):
         cfg[key] = cfg[key] or max(cfg["steps"] // cfg["checks"], 1)
-    build(cfg := argparse.Namespace(**cfg))  # refuses sizes no network is defined at
+    cfg = argparse.Namespace(**cfg)
+    with torch.device("meta"):  # refuses sizes no network is defined at, and takes no memory
+        n = sum(p.numel() for net in build(cfg) for p in net.parameters())
+    if n > 2 ** 30:
+        raise UserError(f"--size {cfg.size} --base {cfg.base} --width {cfg.width} --z-dim "
+                        f"{cfg.z_dim}: networks of {n} weights, at most 2^30 are allowed")
     return cfg
 
 
@@ -243,8 +249,8 @@ def build(cfg):
     Reads model, arch, size, channels, z_dim, width, norm_d, init_d, base. UserError for a size
     that no pair is defined at.
     """
-    if cfg.size < 8 or cfg.size & (cfg.size - 1):
-        raise UserError(f"--size {cfg.size}: the networks need a power of two of at least 8")
+    if not 8 <= cfg.size <= 4096 or cfg.size & (cfg.size - 1):
+        raise UserError(f"--size {cfg.size}: the networks need a power of two from 8 to 4096")
     if cfg.base < 1 or cfg.base > cfg.size // 2 or cfg.base & (cfg.base - 1):
         raise UserError(f"--base {cfg.base}: must be a power of two from 1 to {cfg.size // 2}")
     shape = (cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.norm_d)
@@ -354,9 +360,11 @@ def draw(G, z):
     own z alone.
     """
     training = G.training
-    images = to_uint8(G.eval()(z))
+    x = G.eval()(z)
     G.train(training)
-    return images
+    if not x.isfinite().all():  # as uint8 it would look like an image
+        raise UserError("G draws images that are not finite")
+    return to_uint8(x)
 
 
 def generate(G, n, z_dim, seed=0, batch=256):
@@ -627,7 +635,7 @@ def read_checkpoint(path):
 
 def sample_checkpoint(path, n, out, device):
     """Draw n images from a checkpoint's G into the picture `out`; of its codes, if it has some."""
-    if n < 1 or out.suffix.lower() not in Image.registered_extensions():
+    if not 1 <= n <= 10 ** 5 or out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--n {n} --out {out}: need an image at least, and a name like grid.png")
     state = read_checkpoint(path)
     cfg = argparse.Namespace(**state["config"])

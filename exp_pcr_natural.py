@@ -115,7 +115,7 @@ def flags():
 def configure(args, model, dataset, device):
     """Resolved configuration of one cell: paper, model, preset, then the user's flags."""
     name = args.preset or ("paper" if device.type == "cuda" else "cpu")
-    size = args.size or data.SIZES.get(dataset, 64)
+    size = data.SIZES.get(dataset, 64) if args.size is None else args.size
     return core.resolve(
         args, PRESETS["paper"], MODELS[model], {"width": 128} if args.arch == "resnet" else {},
         PRESETS[name], CPU_STEPS[32 if size <= 32 else 64, model] if name == "cpu" else {},

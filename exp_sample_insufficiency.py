@@ -313,7 +313,9 @@ def configure(args, device):
         cells = [("vanilla", b) for b in batches if {"vanilla", "ema"} & set(arms)]
         cells += [(a, batches[0]) for a in arms if a in ("r1", "optimistic")]
     else:
-        geometry.check(asked["n_train"], 2, asked["size"], asked["size"] // 4, gap=1)
+        if asked["size"] not in range(16, 4097) or asked["n_train"] not in range(1, 10 ** 6):
+            raise harness.UserError(f"--size {asked['size']} must be from 16 to 4096, --n-train "
+                                    f"{asked['n_train']} from 1 to 10^6")
         kinds = [a for a in arms if a != "fgd"]
         cells = [("fgd", asked["n_train"])] * ("fgd" in arms)
         cells += [(kinds[0], b) for b in batches if kinds]

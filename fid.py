@@ -9,12 +9,13 @@ compares a folder of images with a data set; either side may also be a .zip, a u
 import argparse
 import contextlib
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -115,21 +116,18 @@ class Mixed(nn.Module):
         return torch.cat(outs, 1)
 
 
-def tf1_weights(n_in, n_out, device):
-    """(n_out, n_in) matrix of TensorFlow 1's bilinear resize along one axis: output i reads at
-    i * n_in / n_out, with no half-pixel offset, clamped at the far edge."""
-    at = torch.arange(n_out, device=device) * (n_in / n_out)
-    low, eye = at.long().clamp(max=n_in - 1), torch.eye(n_in, device=device)
-    return torch.lerp(eye[low], eye[(low + 1).clamp(max=n_in - 1)], (at - low)[:, None])
-
-
 def resized(x, resize, size=299):
     """uint8 (B, C, H, W) -> float32 (B, C, size, size) in about [-1, 1], in the named way."""
     x = x.float()
-    if resize == "tf1":
-        rows, cols = (tf1_weights(n, size, x.device) for n in x.shape[2:])
-        return (rows @ x @ cols.T - 128) / 128
-    return 2 * F.interpolate(x / 255, (size, size), mode="bilinear", align_corners=False) - 1
+    if resize == "pytorch-fid":
+        return 2 * F.interpolate(x / 255, (size, size), mode="bilinear", align_corners=False) - 1
+    # TensorFlow 1: output i reads at i * n / size, with no half-pixel offset. Longer side first.
+    for dim in sorted((2, 3), key=lambda dim: -x.shape[dim]):
+        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
+        low, high = (x.index_select(dim, i.clamp(max=x.shape[dim] - 1))
+                     for i in (at.long(), at.long() + 1))
+        x = torch.lerp(low, high, at.frac().view(-1, *[1] * (3 - dim)))
+    return (x - 128) / 128
 
 
 class Inception(nn.Module):
@@ -228,28 +226,32 @@ def load_inception(features="2015", dims=2048, weights=None, data_dir=data.DATA_
     with torch.device("meta"):
         net = Inception(features, dims, resize).eval()
     path = find_weights(features, weights, data_dir)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of weights (--weights or FID_WEIGHTS)")
-    net.identify(hashlib.sha256(path.read_bytes()).hexdigest())
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:   # a damaged or foreign file can fail in any way inside the unpickler
-        state = None
+    if not path.is_file() or path.stat().st_size > 2 ** 30:
+        raise UserError(f"{path}: no such file of at most 1 GiB (--weights or FID_WEIGHTS)")
+    url, sha256, classes = PUBLISHED[features]
+    if path.name == url.rpartition("/")[2]:
+        data.check(path, "sha256", sha256, path)
+    content, state = path.read_bytes(), None
+    net.identify(hashlib.sha256(content).hexdigest())
+    with contextlib.suppress(Exception):   # a damaged or foreign file can fail in any way
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"{path}: not a state dict of tensors saved by torch.save")
-    classes, found = PUBLISHED[features][2], len(state.get("fc.weight", ()))
-    if found not in (0, classes):
-        raise UserError(f"{path}: {found} classes, the {features} form has {classes}; choose the "
-                        "other --features")
+    heads = state.get("fc.weight", torch.empty(0)).shape
+    if tuple(heads[:1]) not in ((0,), (classes,)):
+        raise UserError(f"{path}: fc.weight is {tuple(heads)}: choose the other --features")
     needed = {k: v.shape for k, v in net.state_dict().items() if "num_batches" not in k}
     for key, shape in needed.items():
-        found = tuple(state[key].shape) if key in state else "missing"
-        if found != shape:
-            raise UserError(f"{path}: {key} is {found}, must be {tuple(shape)}")
+        v = state.get(key, torch.empty(0))
+        if v.shape != shape or not v.is_floating_point() or v.is_meta or v.layout != torch.strided:
+            found = f"{tuple(v.shape)}, {v.dtype}, {v.layout}" if key in state else "missing"
+            raise UserError(f"{path}: {key} is {found}, must be {tuple(shape)}, plain floats")
     net.load_state_dict({k: state[k].float() for k in needed}, strict=False, assign=True)
-    for layer in net.modules():
+    for name, layer in net.named_modules():
         if isinstance(layer, ConvBN):
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+            if not all(v.isfinite().all() for v in layer.parameters()):
+                raise UserError(f"{path}: {name}, its batch norm folded in, is not finite")
     return net.requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -298,6 +300,12 @@ class Statistics:
         return (self.outer - self.sum.outer(self.sum) / self.n) / (self.n - 1)
 
 
+def check_finite(what, *values):
+    """UserError unless all numbers are finite, and small enough for the products made of them."""
+    if not all((torch.as_tensor(v).abs() < 1e15).all() for v in values):
+        raise UserError(f"{what}: numbers that are not finite, or above 1e15")
+
+
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), Heusel et al. (2017), as a float >= 0.
 
@@ -306,6 +314,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     numpy's matrix_rank rule) are left out; their noise would add up.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).cpu().double() for v in (mu1, cov1, mu2, cov2))
+    check_finite("means and covariances", mu1, cov1, mu2, cov2)
     values, vectors = torch.linalg.eigh(cov1)
     keep = values > values[-1].abs() * len(values) * torch.finfo(torch.float64).eps
     root = vectors[:, keep] * values[keep].sqrt()
@@ -323,6 +332,7 @@ def kid(fa, fb, subsets=100, subset_size=1000, seed=0):
     """
     if min(len(fa), len(fb)) < 2:
         raise UserError("KID needs at least 2 images on either side")
+    check_finite("features for KID", fa, fb)
     m, values = min(subset_size, max(min(len(fa), len(fb)) // 2, 2)), []
     gen = generator(seed, "cpu")
     for _ in range(subsets):
@@ -342,6 +352,7 @@ def precision_recall(fa_real, fb_fake, k=3, block=1000):
     """
     if min(len(fa_real), len(fb_fake)) <= k:
         raise UserError(f"precision and recall need more than {k} images on either side")
+    check_finite("features for precision and recall", fa_real, fb_fake)
     real, fake = fa_real.double(), fb_fake.double()
 
     def inside(x, centres):   # the nearest of all to a centre is itself
@@ -385,8 +396,7 @@ def reference(net, images, cache_dir):
     for block in images.split(1000):
         key.update(block.cpu().contiguous().numpy())
     path = Path(cache_dir) / f"features-{key.hexdigest()[:32]}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), \
-            np.load(path, allow_pickle=False) as f:
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
         return Statistics.of(f["mu"], f["sigma"], len(images)), torch.from_numpy(f["features"])
     stats, feats = features(net, images.split(BATCH), keep=True)
     with contextlib.suppress(OSError), atomic(path) as tmp:   # a read-only folder: no cache
@@ -412,20 +422,20 @@ def score(net, ref_stats, ref_feats, batches, with_kid=True, prc=False):
 
 def load_stats(path):
     """(mean, cov, n or None, id of the features or None) of a statistics .npz; no pickles."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            found = {key: f[key] for key in f.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
-        raise UserError(f"{path}: not a readable .npz of plain arrays") from None
-    if not {"mu", "sigma"} <= found.keys():
-        raise UserError(f"{path}: holds {', '.join(found) or 'nothing'}; must hold mu and sigma")
-    mu, sigma = found["mu"], found["sigma"]
-    fits = mu.ndim == 1 and sigma.shape == 2 * mu.shape and mu.dtype.kind + sigma.dtype.kind == "ff"
-    if not fits or not np.isfinite(mu.sum() + sigma.sum()) or not np.allclose(sigma, sigma.T):
-        raise UserError(f"{path}: mu {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}: "
-                        "must be finite floats (F,) and (F, F), sigma symmetric")
-    extra = {key: found[key].item() for key in ("n", "id") if key in found and found[key].ndim == 0}
-    return mu, sigma, int(extra.get("n", 0)) or None, extra.get("id")
+    with data.readable(f"{path}: not a readable .npz of plain arrays"), \
+            np.load(path, allow_pickle=False) as f:
+        small = {i.filename.removesuffix(".npy") for i in f.zip.infolist() if i.file_size < 2 ** 30}
+        mu, sigma, n, name = (np.asarray(f[key]) if key in small else np.array(None)
+                              for key in ("mu", "sigma", "n", "id"))
+    if not (mu.ndim == 1 and mu.size and sigma.shape == 2 * mu.shape
+            and mu.dtype.kind + sigma.dtype.kind == "ff" and np.allclose(sigma, sigma.T)):
+        raise UserError(f"{path}: mu is {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}: "
+                        "must hold mu (F,) and sigma (F, F), symmetric, finite floats below 1 GiB")
+    check_finite(path, mu := mu.astype(float), sigma := sigma.astype(float))
+    if (values := np.linalg.eigvalsh(sigma))[0] < -1e-3 * abs(values[-1]):
+        raise UserError(f"{path}: sigma is no covariance, it has an eigenvalue {values[0]:.3g}")
+    n = int(n) if n.ndim == 0 and n.dtype.kind in "iuf" and 2 <= n < 2 ** 53 else None
+    return mu, sigma, n, name.item() if name.ndim == 0 and name.dtype.kind == "U" else None
 
 
 def batches_of(side, args):
@@ -434,37 +444,41 @@ def batches_of(side, args):
         yield from data.load(side, args.size, args.data_dir, args.split)[:args.n].split(args.batch)
         return
     arrays = rows_of(side) if side.endswith(".npy") else (a for _, a in data.iter_images(side))
-    for _, run in itertools.groupby(itertools.islice(arrays, args.n), key=lambda a: a.shape):
-        while block := list(itertools.islice(run, args.batch)):
+    for shape, run in itertools.groupby(itertools.islice(arrays, args.n), key=lambda a: a.shape):
+        most = max(min(args.batch, 2 ** 24 // math.prod(shape[:2])), 1)   # 16 megapixels, or one
+        while block := list(itertools.islice(run, most)):
             yield torch.from_numpy(np.stack(block)).permute(0, 3, 1, 2)
 
 
 def rows_of(path):
     """Yield the images (H, W, C) of a uint8 .npy, whose channels may come first or last."""
-    try:
+    with data.readable(f"{path}: not a readable .npy of numbers"):
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        raise UserError(f"{path}: not a readable .npy of numbers") from None
-    axis = [i for i in (3, 1) if images.ndim == 4 and images.shape[i] in (1, 3)]
-    if images.dtype != np.uint8 or not axis:
-        raise UserError(f"{path}: {images.dtype} {images.shape}, must be uint8 (N, H, W, 3 or 1) "
-                        "or (N, 3 or 1, H, W)")
-    yield from np.moveaxis(images, axis[0], 3)
+        dtype, shape, size = images.dtype, images.shape, math.prod(images.shape[1:])
+    axis = [i for i in (3, 1) if len(shape) == 4 and shape[i] in (1, 3)]
+    if dtype != np.uint8 or not (axis and images.flags.c_contiguous and 0 < size <= data.LARGEST):
+        raise UserError(f"{path}: {dtype} {shape}, must be uint8 (N, H, W, 3 or 1) or (N, 3 or 1, "
+                        f"H, W), in C order, at most {data.LARGEST} bytes an image")
+    with data.readable(f"{path}: changed while it was read"), open(path, "rb") as f:
+        f.seek(images.offset)   # the mapping of a file cut short meanwhile kills the process
+        for _ in range(len(images)):
+            yield np.moveaxis(np.fromfile(f, np.uint8, size).reshape(shape[1:]), axis[0] - 1, 2)
 
 
 def compare(args):
     """The dict that `--json` prints, and with it `label` and `note`."""
-    start, sides, deep = time.time(), [s for s in (args.a, args.b) if s], args.kid or args.prc
+    start, deep = time.time(), args.kid or args.prc
+    sides = [s for s in (args.a, args.b) if s is not None]
     saved = [s for s in sides if s.endswith(".npz")]
-    absent = [s for s in sides if s not in data.NAMES and not Path(s).exists()]
+    absent = [s for s in sides if s not in data.NAMES and not (s and Path(s).exists())]
     for wrong, text in [
         (absent, f"{absent}: no such file or folder, nor one of {', '.join(data.NAMES)}"),
         (not args.b and (deep or not args.save_stats), "B is missing: give it, or --save-stats"),
         (saved and deep, f"{saved}: --kid and --prc need images, not statistics"),
-        (args.save_stats and (args.save_stats.suffix != ".npz" or args.a in saved),
+        ((out := args.save_stats) and (out.suffix != ".npz" or out.is_dir() or args.a in saved),
          "--save-stats writes the statistics of images A to a file named *.npz"),
-        (args.batch < 1 or args.n is not None and args.n < 2,
-         f"--batch {args.batch} must be at least 1, --n {args.n} at least 2"),
+        (not 1 <= args.batch <= 1000 or args.n is not None and not 2 <= args.n <= 10 ** 12,
+         f"--batch {args.batch} must be from 1 to 1000, --n {args.n} at least 2 (at most 10^12)"),
     ]:
         if wrong:
             raise UserError(text)

@@ -21,6 +21,9 @@ def check(n, k, size, side, gap):
                                ("gap", gap, 1)]:
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name} is {value}: must be an integer of at least {least}")
+    if n * size ** 2 > 2 ** 32:
+        raise UserError(f"{n} images of {size} x {size} pixels: at most {2 ** 32 // size ** 2} of "
+                        "that size fit into 4 GiB")
     most = ((size + gap) // (side + gap)) ** 2      # exact for axis-aligned equal squares
     if k > most or not most:
         raise UserError(f"number of rectangles is {k}: at most {most} of side {side} and gap "

@@ -41,10 +41,13 @@ class Follower(Exception):
 
 def cli(main):
     """Run `main()` as a command: a user's mistake or a full disk is one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        text = (str(error) or "not enough memory").replace("\n", "\\n")
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -72,8 +75,8 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()  # `meta` has no numbers
+    except (RuntimeError, AssertionError, ValueError):
         raise UserError(f"--device {name}: not on this machine; try --device cpu") from None
     return device
 
@@ -226,9 +229,9 @@ def read_result(folder, script):
     """The result.json of a run folder of `script`; UserError if there is none."""
     try:
         result = read_json(folder / "result.json")
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no text
         result = None
-    if not result or result.get("script") != script:
+    if not isinstance(result, dict) or result.get("script") != script or not result.get("rows"):
         raise UserError(f"{folder} holds no finished run of {script}.py")
     return result
 
@@ -325,6 +328,7 @@ STYLE = {
     "vanilla": {"color": "#000000", "ls": "-"}, "pcr": {"color": "#D55E00", "ls": "--"},
     "sc": {"color": "#0072B2", "ls": "-."}, "sc+pcr": {"color": "#009E73", "ls": (0, (5, 1))},
     "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
+    "random": {"color": "#CC79A7", "ls": ":"},
 }
 
 

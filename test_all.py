@@ -1,27 +1,37 @@
 """All tests: `pytest test_all.py`. No network. Tests on real images and published weights run where
 GAN_DATA names a folder that holds them, and are skipped elsewhere."""
 import argparse
+import contextlib
+import http.client
 import importlib.util
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import urllib.error
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 from scipy.integrate import quad
@@ -315,14 +325,12 @@ def test_checkpoint_is_plain_and_can_be_sampled(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
-    fit(tmp_path, steps=3)
-    before = (tmp_path / "ckpt.pt").read_bytes()
     trainer = core.Trainer(config(steps=6), tiny_data(), torch.device("cpu"))
     update = trainer.update
     trainer.update = lambda: update() * (torch.nan if trainer.step == 4 else 1)
     with pytest.raises(UserError, match=r"d_loss.* not finite at step 4 of .*ckpt.pt"):
         core.fit(trainer, tmp_path)
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert core.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
 
 def test_another_configuration_is_not_resumed(tmp_path):
@@ -1350,6 +1358,461 @@ def test_runs_side_by_side(tmp_path):
     assert (tmp_path / "e" / "row.json").exists()
 
 
+# ------------------------------------------------------- exp_pixel_combination.py, photographs
+
+
+def brute_pairs(queries, images, own=None):
+    """Distances of each query to the nearest average and the nearest image, by all of them."""
+    q, a = (x.double().flatten(1) for x in (queries, images))
+    out = []
+    for i, x in enumerate(q):
+        left = [j for j in range(len(a)) if own is None or j != own[i]]
+        pairs = {(j, k): (x - (a[j] + a[k]) / 2).norm().item()
+                 for j, k in itertools.combinations(left, 2)}
+        out.append((min(pairs.values()), min((x - a[j]).norm().item() for j in left), pairs))
+    return out
+
+
+@pytest.mark.parametrize("n, shape, block, limit", [
+    (5, (1, 2, 2), 512, None), (17, (3, 4, 4), 5, 7), (30, (1, 8, 8), 7, None), (24, (10,), 8, 64),
+    (41, (3, 5, 5), 40, 10 ** 9), (12, (2, 3, 3), 1, 1),
+])
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_pair_search_equals_brute_force(n, shape, block, limit, leave_out):
+    gen = torch.Generator().manual_seed(n)
+    images = 0.3 * torch.randn(n, *shape, generator=gen) + 5     # far from the origin
+    images[-1] = images[0]                                       # a duplicate
+    queries = torch.cat([images[:3], (images[1:2] + images[2:3]) / 2,
+                         5 + torch.randn(6, *shape, generator=gen)])
+    own = torch.tensor([0, 1, 2, 1, *[n - 1] * 6]) if leave_out else None
+    pairs, d_pair = exp_pixel_combination.nearest_pair(queries, images, own, block, limit)
+    image, d_image = exp_pixel_combination.nearest_image(queries, images, own, block)
+    for i, (best, nearest, each) in enumerate(brute_pairs(queries, images, own)):
+        assert d_pair[i].item() == pytest.approx(best, rel=1e-5, abs=2e-3)
+        assert d_pair[i].item() == pytest.approx(each[tuple(pairs[i].tolist())], rel=1e-9, abs=1e-9)
+        assert d_image[i].item() == pytest.approx(nearest, rel=1e-5, abs=2e-3)
+        if leave_out:
+            assert own[i] not in (*pairs[i], image[i])
+    if not leave_out:
+        assert pairs[3].tolist() == [1, 2] and d_pair[3] < 1e-5   # the average itself
+        assert pairs[0].tolist() == [0, n - 1] and d_pair[0] == d_image[0] == 0
+
+
+def test_pair_search_of_pictures_and_its_blocks():
+    images, queries = uint8_images(60, 3, 8), uint8_images(9, 3, 8, seed=1)
+    queries[0] = exp_pixel_combination.average(images[3], images[50])
+    whole = exp_pixel_combination.nearest_pair(queries, images)
+    assert whole[0][0].tolist() == [3, 50] and whole[1][0] < 0.5 / 127.5 * 192 ** 0.5
+    for block, limit in ((1, 1), (7, 100), (32, 5000), (60, None)):
+        pairs, d = exp_pixel_combination.nearest_pair(queries, images, None, block, limit)
+        assert torch.equal(pairs, whole[0]) and torch.equal(d, whole[1])
+    best = [b for b, *_ in brute_pairs(core.to_float(queries), core.to_float(images))]
+    assert whole[1].tolist() == pytest.approx(best, rel=1e-6)
+
+
+def test_pair_search_holds_no_matrix_of_pairs():
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            out = call(*args, **kwargs or {})
+            if torch.is_tensor(out):
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    with Watch() as watch:
+        pairs, _ = exp_pixel_combination.nearest_pair(
+            torch.randn(40, 5), torch.randn(300, 5), None, 16, 2048)
+    assert watch.largest == 40 * 300 and len(pairs) == 40          # and not 300 * 299 / 2
+
+
+def test_search_counts_by_hand():
+    images = torch.tensor([0, 100, 200, 240], dtype=torch.uint8).view(4, 1, 1, 1).expand(
+        4, 1, 2, 2).contiguous()
+    queries = torch.tensor([150, 201, 50, 221], dtype=torch.uint8).view(4, 1, 1, 1).expand(
+        4, 1, 2, 2).contiguous()
+    row, kept = exp_pixel_combination.search(queries, images, torch.device("cpu"))
+    assert row["nearer_average"] == 0.75                          # 201 is next to the image 200
+    unit = 2 / 127.5                                              # L2 of one grey level, 4 px
+    assert (kept["d_pair"] / unit).tolist() == pytest.approx([0, 19, 0, 1], abs=1e-4)
+    assert (kept["d_image"] / unit).tolist() == pytest.approx([50, 1, 50, 19], abs=1e-4)
+    assert row["ratio"] == pytest.approx(20 / 120, abs=1e-6)
+    shown = kept["shown"][:, :4, 0, 0, 0].tolist()                 # image, average, its parents
+    assert sorted(shown[:2]) == [[50, 50, 0, 100], [150, 150, 100, 200]]
+    near, _ = exp_pixel_combination.nearest_image(images, images, torch.arange(4))
+    assert near.tolist()[::3] == [1, 2]
+
+
+def test_gam_by_hand():
+    grey = torch.tensor([0, 10, 100, 104, 255], dtype=torch.uint8).view(5, 1, 1, 1)
+    images = grey.expand(5, 3, 2, 2).contiguous()
+    pairs = exp_pixel_combination.similar_pairs(images, 5)
+    assert pairs.tolist() == [[0, 1], [2, 3], [3, 4]]              # each once, nearest neighbours
+    assert exp_pixel_combination.similar_pairs(images, 2).tolist() == [[0, 1], [2, 3]]
+    made = exp_pixel_combination.average(*images[pairs.T])
+    assert made.dtype == torch.uint8 and made.shape == (3, 3, 2, 2)
+    assert made[:, 0, 0, 0].tolist() == [5, 102, 180]              # 179.5 to the even one
+
+
+@pytest.mark.parametrize("n, channels, size", [(2, 1, 8), (9, 3, 16)])
+def test_views_have_the_same_distance(n, channels, size):
+    x = core.to_float(uint8_images(n, channels, size))
+    made = exp_pixel_combination.same_distance(x, torch.Generator().manual_seed(0))
+    wanted = ((x.roll(1, 0) - x) / 2).flatten(1).norm(dim=1)
+    for y in made:
+        assert y.shape == x.shape
+        assert torch.allclose((y - x).flatten(1).norm(dim=1), wanted, rtol=1e-5)
+    average, away, moved = (y - x for y in made)
+    assert torch.allclose(made[0], (x + x.roll(1, 0)) / 2)
+    assert (average - moved).abs().max() > 0.1                     # elsewhere, but the same colours
+    colours = [d.flatten(2).transpose(1, 2).mul(255).round().int() for d in (average, moved)]
+    for a, b in zip(*colours):
+        assert sorted(a.tolist()) == sorted(b.tolist())
+    cosine = F.cosine_similarity(average.flatten(1), away.flatten(1))
+    assert cosine.abs().max() < 0.5
+    assert away.std(0).min() > 0 or n == 2
+
+
+def test_premise_of_a_linear_critic():
+    """D(x) = 3 v.x + 1 with |v| = 1 has L = 3 exactly, so that the share is known."""
+    v = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    v /= v.norm()
+
+    def D(x):
+        return 3 * x.flatten(1) @ v + 1
+
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    for threshold in (-20.0, -4.0, 0.0):
+        row = exp_pixel_combination.premise(D, x, threshold, block=3)
+        f, delta = D(x) - threshold, (x - x.roll(1, 0)).flatten(1).norm(dim=1)
+        lam = torch.linspace(0, 1, 20_001)[1:-1, None]
+        near = 3 * delta * torch.minimum(lam, 1 - lam)
+        assert row["lipschitz"] == pytest.approx(3, rel=1e-4)
+        assert row["margin"] == pytest.approx(f.min().item(), abs=1e-5)
+        assert row["delta"] == pytest.approx(delta.mean().item(), rel=1e-5)
+        assert row["premise_share"] == pytest.approx(
+            (f.min() > near).float().mean().item(), abs=1e-3)
+        pair = torch.minimum(f, f.roll(1, 0))
+        assert row["premise_share_pair"] == pytest.approx(
+            (pair > near).float().mean().item(), abs=1e-3)
+        assert row["segment_share"] >= row["premise_share_pair"] - 0.05   # the theorem itself
+    assert exp_pixel_combination.premise(D, x[:1].repeat(3, 1, 1, 1), -20.0)["premise_share"] == 1
+
+
+def noise_folder(folder, n=120, size=16):
+    """n images of smooth noise, 12 of them held out."""
+    folder.mkdir(parents=True)
+    for i, image in enumerate(uint8_images(n, 3, 4).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).save(
+            folder / f"{i:03d}.png")
+    return folder
+
+
+def photo_flags(tmp_path, *args):
+    return ["--dataset", str(tmp_path / "pics"), "--smoke", "--size", "16", "--data-dir",
+            str(tmp_path / "d"), "--outdir", str(tmp_path / "runs"), *args]
+
+
+def test_photographs_smoke(tmp_path, monkeypatch, capsys):
+    noise_folder(tmp_path / "pics")
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    args = photo_flags(tmp_path, "--seeds", "0", "3")
+    result = exp_pixel_combination.main(args)
+    combination, gam = ([r for r in result["rows"] if r["part"] == part]
+                        for part in ("combination", "gam"))
+    assert [(r["arm"], r["seed"]) for r in combination] == [
+        ("vanilla", 0), ("vanilla", 3), ("pcr", 0), ("pcr", 3)]
+    for row in combination:
+        assert {"nearer_average_fake", "nearer_average_heldout", "nearer_average_train",
+                "pairs_searched", "d_real", "d_heldout", "d_average", "d_fake", "d_random",
+                "d_permuted", "premise_share"} <= set(row)
+        assert row["pairs_searched"] == 108 * 107 // 2
+        assert [p["step"] for p in row["curve"]] == [2, 4]
+        assert row["curve"][-1]["d_average"] == pytest.approx(row["d_average"], abs=1e-5)
+        assert row["premise_share"] <= row["premise_share_pair"] <= 1
+    assert {r["method"] for r in gam} == {"held-out", "gam", "random pairs", "vanilla", "pcr"}
+    assert all(r["n"] == 8 and r["score"] == "FD-px" and r["fid"] > 0 for r in gam)
+    folder = tmp_path / "runs" / "exp_pixel_combination" / "pics-smoke"
+    with np.load(folder / "pcr-s3" / "samples.npz") as kept:
+        for name in ("d_real", "d_heldout", "d_average", "d_random", "d_permuted", "d_fake"):
+            assert kept[name].shape == (8,)
+        assert kept["shown"].shape == (3, 5, 3, 16, 16) and kept["d_pair"].shape == (4,)
+    (folder / "figure.png").unlink()
+    assert exp_pixel_combination.main(["--plot", str(folder)])["rows"] == result["rows"]
+    assert Image.open(folder / "figure.png").width > 1000
+    with pytest.raises(UserError, match="--resume"):
+        exp_pixel_combination.main(args)
+    (folder / "pcr-s3" / "row.json").unlink()                       # as if stopped before the end
+    assert exp_pixel_combination.main([*args, "--resume"])["rows"] == result["rows"]
+    out = tmp_path / "grid.png"
+    exp_pixel_combination.main(["--sample", str(folder / "pcr-s0" / "ckpt.pt"), "--n", "4",
+                                "--out", str(out)])
+    assert out.exists()
+
+
+def test_photographs_one_arm_and_part_of_the_images(tmp_path, monkeypatch):
+    noise_folder(tmp_path / "pics")
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    result = exp_pixel_combination.main(photo_flags(
+        tmp_path, "--arms", "vanilla", "--n-search", "50", "--n-train", "100", "--name", "one"))
+    rows = [r for r in result["rows"] if r["part"] == "combination"]
+    assert [r["pairs_searched"] for r in rows] == [50 * 49 // 2]
+    assert {r["method"] for r in result["rows"] if r["part"] == "gam"} == {
+        "held-out", "gam", "random pairs", "vanilla"}
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--n-search", "500"], "--n-search 500 must be from 3 to 108"),
+    (["--n-query", "13"], "--n-query 13 must be from 2 to 12"),
+    (["--n-view", "13"], "--n-view 13 must be from 2 to 12"),
+    (["--n-fid", "13"], "--n-fid 13 must be from 2 to 12"),
+    (["--n-real", "109"], "--n-real 109 must be from 2 to 108"),
+    (["--n-train", "1"], "--batch 8: only 1 training images"), (["--batch", "109"], "--batch 109"),
+    (["--n-fid", "13", "--n-view", "13"], "12; --n-fid 13 must be from 2 to 12: "),
+    (["--size", "12"], "power of two"),
+])
+def test_mistakes_with_photographs(tmp_path, monkeypatch, capsys, args, message):
+    noise_folder(tmp_path / "pics")
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    with pytest.raises(SystemExit) as stopped:
+        harness.cli(lambda: exp_pixel_combination.main(photo_flags(tmp_path, *args)))
+    assert stopped.value.code == 2 and not (tmp_path / "runs").exists()
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_result_of_rectangles_redraws_alone(tmp_path):
+    source = HERE / "results" / "exp_pixel_combination" / "result.json"
+    (tmp_path / "result.json").write_text(source.read_text())
+    exp_pixel_combination.main(["--plot", str(tmp_path)])
+    assert Image.open(tmp_path / "figure.png").width > 1000
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "celeba"])
+def test_pair_search_on_photographs(real_data, dataset):
+    images = data.load(dataset, 32, real_data, "train", 150)
+    heldout = data.load(dataset, 32, real_data, "test", 8)
+    fake = exp_pixel_combination.average(images[:8], images[20:28])
+    queries = torch.cat([heldout, fake, images[:8]])
+    pairs, d = exp_pixel_combination.nearest_pair(queries, images, block=64)
+    best = [b for b, *_ in brute_pairs(core.to_float(queries), core.to_float(images))]
+    assert d.tolist() == pytest.approx(best, rel=1e-6, abs=1e-3)
+    assert pairs[8:16].tolist() == [[i, i + 20] for i in range(8)]
+    _, alone = exp_pixel_combination.nearest_pair(images[:4], images, torch.arange(4))
+    best = [b for b, *_ in brute_pairs(*[core.to_float(images[:4]), core.to_float(images)],
+                                       own=torch.arange(4))]
+    assert alone.tolist() == pytest.approx(best, rel=1e-6)
+
+
+# ---------------------------------------------------------------------- exp_sc.py, photographs
+
+
+def photo_config(**changes):
+    return config(**{**dict(size=32, channels=3, batch=2, n_train=4, over=3, sc_threshold=0.1,
+                            dif_norm="range", sc_replace="least", arm="sc", n_dif=8,
+                            engine="eager"), **changes})
+
+
+def plain_images(*levels, size=4):
+    """uint8 (N, 3, size, size), each of one grey level."""
+    return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size)
+
+
+def test_dif_by_hand():
+    train = core.to_float(plain_images(0, 255))
+    scale = exp_sc.dif_scale(train, "range")
+    assert scale == pytest.approx(2 * 48 ** 0.5)
+    x = core.to_float(plain_images(0, 51, 128, 255, 204))
+    d, nearest = exp_sc.dif(x, train, scale)
+    torch.testing.assert_close(d, torch.tensor([0, 0.2, 127 / 255, 0, 0.2]), atol=1e-6, rtol=0)
+    assert nearest.tolist() == [0, 0, 1, 1, 1]
+    half = x[:1].clone()
+    half[:, :, :2] = 1                                                  # half of the pixels wrong
+    assert exp_sc.dif(half, train[:1], scale)[0].item() == pytest.approx(0.5 ** 0.5)
+
+
+def test_dif_normalisations_and_range():
+    train = core.to_float(plain_images(0, 51, 204))
+    unit = exp_sc.dif_scale(train, "range")
+    assert exp_sc.dif_scale(train, "max") == pytest.approx(0.8 * unit)
+    assert exp_sc.dif_scale(train, "mean") == pytest.approx((0.2 + 0.8 + 0.6) / 3 * unit)
+    x = torch.rand(50, 3, 4, 4) * 2 - 1
+    for norm in ("range", "max", "mean"):
+        d, _ = exp_sc.dif(x, train[:2], exp_sc.dif_scale(train[:2], norm))
+        assert (d >= 0).all() and (d <= 1).all()
+    same = core.to_float(plain_images(7, 7))
+    for norm in ("max", "mean"):
+        with pytest.raises(UserError, match="--dif-norm"):
+            exp_sc.dif_scale(same, norm)
+    tiny = train[:1] + 1e-5                                  # a product would round this to 0
+    d = exp_sc.distances(tiny.repeat(40, 1, 1, 1), train[:1].repeat(40, 1, 1, 1))
+    torch.testing.assert_close(d, torch.full((40, 40), 48 ** 0.5 * 1e-5), rtol=1e-2, atol=0)
+
+
+def test_replacement_rule_by_hand():
+    def rule(d, n_keep=2):
+        return sorted(exp_sc.negatives(torch.tensor(d), n_keep, 0.1, "sc", None).tolist())
+
+    assert rule([0.3, 0.2, 0.5, 0.4]) == [0, 1]               # nobody under the threshold: all stay
+    assert rule([0.05, 0.2, 0.3, 0.4]) == [1, 3]              # 0 makes way for the largest DIF
+    assert rule([0.05, 0.01, 0.3, 0.4, 0.2]) == [2, 3]        # both make way for the two largest
+    assert rule([0.05, 0.01, 0.02, 0.09]) == [0, 3]           # no worse spare than 0 but 3
+    assert rule([0.1, 0.3, 0.9, 0.9]) == [0, 1]               # at the threshold is not under it
+    assert len(set(rule([0.05, 0.05, 0.3, 0.3, 0.3]))) == 2   # ties: two of them, no one twice
+
+
+def test_random_control_replaces_as_many():
+    gen, drawn = torch.Generator().manual_seed(0), torch.rand(200, 8, generator=torch.Generator(
+        ).manual_seed(1)) * 0.2
+    gone, came = torch.zeros(4), torch.zeros(4)
+    for d in drawn:
+        sc = exp_sc.negatives(d, 4, 0.1, "sc", None)
+        random = exp_sc.negatives(d, 4, 0.1, "random", gen)
+        assert len(random.unique()) == 4 and (random >= 4).sum() == (sc >= 4).sum()
+        gone += torch.tensor([i not in random for i in range(4)])
+        came += torch.tensor([i in random for i in range(4, 8)])
+    for counts in (gone, came):     # whoever: each about as often, whatever its DIF
+        assert counts.sum() > 100 and (counts / counts.sum() - 0.25).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rule", ["least", "discard"])
+@pytest.mark.parametrize("arm", ["sc", "random"])
+def test_correction_of_a_batch(rule, arm):
+    cfg = photo_config(arm=arm, sc_replace=rule, size=8)
+    images = plain_images(0, 85, 170, 255, size=8)
+    correct = exp_sc.correction(cfg, images, torch.device("cpu"))
+
+    class Fake:   # two spares of DIF 1/6 (a level between two images) in each batch more
+        gen, device = torch.Generator().manual_seed(0), torch.device("cpu")
+
+        def fake(self):
+            return core.to_float(plain_images(42, 212, size=8))
+
+    x = core.to_float(plain_images(0, 42, size=8))             # a copy and no copy
+    out, weight = correct(Fake(), x)
+    assert out.shape == x.shape
+    if rule == "discard":
+        assert torch.equal(out, x) and sorted(weight.tolist()) == [0, 2]
+        if arm == "sc":
+            assert weight.tolist() == [0, 2]
+    else:
+        levels = sorted(core.to_uint8(out)[:, 0, 0, 0].tolist())
+        assert weight is None
+        if arm == "sc":
+            assert levels in ([42, 42], [42, 212])
+        else:
+            assert levels[0] in (0, 42) and len(levels) == 2
+    assert exp_sc.correction(photo_config(arm="vanilla"), images, "cpu") is None
+
+
+def test_measure_by_hand():
+    gen = torch.Generator().manual_seed(0)
+    images = torch.randint(60, 190, (4, 3, 8, 8), dtype=torch.uint8, generator=gen)
+    smooth = torch.linspace(0, 255, 8).to(torch.uint8).expand(1, 3, 8, 8)
+    noise = (torch.rand(2, 3, 8, 8, generator=gen) < 0.5).to(torch.uint8) * 255
+    x = torch.cat([images[:1], images[:1], images[2:3] + 3,       # three copies of two images
+                   smooth, smooth + (smooth < 250),               # a pair of near-duplicates
+                   plain_images(255, size=8),                     # constant
+                   noise])                                        # rough, and no duplicates
+    row = exp_sc.measure(x, images, photo_config())
+    assert row["copies"] == 3 / 8 and row["recall"] == 2 / 4 and row["n"] == 8
+    assert row["collapsed"] == 3 and row["noisy"] == 2 / 8
+    unit = ((x.double() - images[:, None].double()) ** 2).mean((2, 3, 4)).sqrt().min(0).values
+    assert row["dif"] == pytest.approx((unit / 255).mean().item(), rel=1e-5)
+    perfect = exp_sc.measure(images.repeat(2, 1, 1, 1), images, photo_config())
+    assert perfect == {"dif": 0, "copies": 1, "recall": 1, "collapsed": 0, "noisy": 0, "n": 8}
+
+
+PHOTO_ROW = {"part", "arm", "seed", "step", "d_steps", "fid", "fid_heldout", "n_fid", "dif",
+             "copies", "recall", "collapsed", "noisy", "n", "score", "dims"}
+
+
+def test_sc_smoke_on_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    pictures = write_folder(tmp_path / "pics", uint8_images(60, size=32))
+    args = ["--dataset", pictures, "--smoke", "--outdir", str(tmp_path), "--data-dir",
+            str(tmp_path / "d")]
+    result = exp_sc.main(args)
+    rows = [r for r in result["rows"] if r["part"] == "sc_natural"]
+    assert [(r["arm"], r["step"]) for r in rows] == [(a, s) for a in exp_sc.PHOTO_ARMS
+                                                    for s in (2, 4)]
+    assert all(PHOTO_ROW <= set(r) for r in rows)
+    fixed = {r["arm"]: r for r in result["rows"] if r["part"] == "sc_reference"}
+    assert fixed["copyist"]["dif"] == 0 and fixed["copyist"]["copies"] == 1
+    assert fixed["copyist"]["fid"] < fixed["unseen photographs"]["fid"]
+    assert fixed["plain grey"]["collapsed"] == fixed["plain grey"]["n"] == 16
+    folder = tmp_path / "exp_sc" / "pics-smoke"
+    (folder / "figure.png").unlink()
+    exp_sc.main(["--plot", str(folder)])
+    assert Image.open(folder / "figure.png").width > 1000
+    with pytest.raises(UserError, match="--resume"):
+        exp_sc.main(args)
+    assert exp_sc.main([*args, "--resume"])["rows"] == result["rows"]
+    exp_sc.main(["--sample", str(folder / "sc-s0" / "best.pt"), "--n", "4", "--out",
+                 str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_sc_and_its_control_agree_where_they_must(tmp_path, monkeypatch):
+    """At 0 nobody is discarded and at 1 everybody, so that it does not matter who."""
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    pictures = write_folder(tmp_path / "pics", uint8_images(60, size=32))
+
+    def states(threshold):
+        exp_sc.main(["--dataset", pictures, "--smoke", "--outdir", str(tmp_path), "--data-dir",
+                     str(tmp_path / "d"), "--sc-threshold", str(threshold), "--name",
+                     f"t{threshold}", "--sc-replace", "discard"])
+        return {a: core.read_checkpoint(tmp_path / "exp_sc" / f"t{threshold}" / f"{a}-s0"
+                                        / "ckpt.pt")["D"]["0.weight"] for a in exp_sc.PHOTO_ARMS}
+
+    none, all_ = states(0.0), states(1.0)
+    assert torch.equal(none["sc"], none["random"]) and torch.equal(all_["sc"], all_["random"])
+    assert not torch.equal(none["sc"], all_["sc"])
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--sc-threshold", "1.5"], "--sc-threshold 1.5: must be from 0 to 1"),
+    (["--sc-threshold", "-0.1"], "--sc-threshold -0.1: must be from 0 to 1"),
+    (["--over", "1"], "--over 1"), (["--n-dif", "1"], "--n-dif 1"),
+    (["--batch", "9"], "--batch 9: only 8 training images"),
+    (["--n-train", "1000"], "--n-train 1000"),
+    (["--arms", "pcr"], "--arms pcr: with --dataset"),
+    (["--n-cover", "5"], "--n-cover: not with --dataset"),
+    (["--sc-counter", "exact"], "--sc-counter: not with --dataset"),
+    (["--size", "48"], "power of two"), (["--dataset", "nowhere"], "nowhere does not exist"),
+    (["--dataset", "geometry", "--over", "2"], "--over: not with --dataset geometry"),
+    (["--dataset", "geometry", "--arms", "random"], "--arms random: with --dataset geometry"),
+    (["--dataset", "cifar10", "--data-dir", "none"], "cifar-10-binary.tar.gz"),
+])
+def test_mistakes_in_sample_correction(tmp_path_factory, tmp_path, monkeypatch, capsys, no_network,
+                                   args, message):
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    elsewhere = tmp_path_factory.mktemp("data")
+    pictures = write_folder(elsewhere / "pics", uint8_images(60, size=32))
+    where = [] if "--data-dir" in args else ["--data-dir", str(elsewhere / "d")]
+    assert message in mistake(exp_sc, ["--dataset", pictures, *where, *args], tmp_path, monkeypatch,
+                              capsys)
+
+
+def test_too_few_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda **kw: fid.Pixels())
+    pictures = write_folder(tmp_path / "pics", uint8_images(20, size=32))
+    with pytest.raises(UserError, match="4 held out"):
+        exp_sc.main(["--dataset", pictures, "--smoke", "--outdir", str(tmp_path / "o"),
+                     "--data-dir", str(tmp_path / "d")])
+    assert not (tmp_path / "o").exists()
+
+
+def test_sc_on_real_photographs(real_data, tmp_path):
+    cfg = argparse.Namespace(**{**vars(photo_config(n_train=32)), "dataset": "cifar10", "dims": 64,
+                                "data_dir": real_data, "fid_weights": None, "device": "cpu",
+                                "n_heldout": 64, "n_fid": 32, "n_dif": 32})
+    fixed = {r["arm"]: r for r in exp_sc.references(cfg)}
+    assert fixed["copyist"]["fid"] < min(fixed[k]["fid"] for k in fixed if k != "copyist")
+    assert fixed["unseen photographs"]["copies"] == 0 < fixed["copyist"]["recall"]
+    assert fixed["plain grey"]["dif"] < fixed["averages of two"]["dif"] \
+        < fixed["unseen photographs"]["dif"]
+
+
 # ----------------------------------------------------------------------- exp_sample_insufficiency
 
 
@@ -1506,7 +1969,7 @@ def test_sample_insufficiency_smoke_on_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (["--batches", "1", "4"], "--batches [1, 4]"), (["--batches", "64"], "--images 32"),
     (["--arms", "vanilla"], "--arms vanilla: not for --dataset geometry"),
-    (["--batch", "16"], "--batch 16: only 8"), (["--n-train", "0"], "n is 0"),
+    (["--batch", "16"], "--batch 16: only 8"), (["--n-train", "0"], "--n-train 0 from 1"),
     (["--images", "0"], "--images 0"), (["--lr-rule", "cubic"], "invalid choice: 'cubic'"),
 ])
 def test_mistakes_in_sample_insufficiency(tmp_path, monkeypatch, capsys, args, message):
@@ -1756,6 +2219,712 @@ def test_data_parallel_refusals(tmp_path, monkeypatch, capsys):
     message = mistake(exp_pcr_natural, ["--dataset", "geometry", "--data-parallel"], tmp_path,
                       monkeypatch, capsys)
     assert "--data-parallel: start it with torchrun" in message
+
+
+# ------------------------------------------------------------------------- input not to be trusted
+
+FUZZ = dict(derandomize=True, deadline=None, database=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refused(call, *match):
+    """The message of the UserError that `call` raises; it contains all of `match`."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert all(m in message for m in match), message
+    return message
+
+
+def encoded(suffix, mode="RGB", size=(9, 7), **options):
+    """The bytes of an image file, noise."""
+    out, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8)
+    Image.fromarray(noise).convert(mode).save(out, Image.registered_extensions()[suffix], **options)
+    return out.getvalue()
+
+
+def chunk(kind, content):
+    return (struct.pack(">I", len(content)) + kind + content
+            + struct.pack(">I", zlib.crc32(kind + content)))
+
+
+def png_bomb(side=50_000, blocks=100):
+    """A whole, valid black PNG of 1 bit a pixel: 310 MB of rows in a file of 1 MB."""
+    pack, rows = zlib.compressobj(1, wbits=-15), bytes((1 + side // 8) * (side // blocks))
+    block, check = pack.compress(rows) + pack.flush(zlib.Z_FULL_FLUSH), 1
+    for _ in range(blocks):
+        check = zlib.adler32(rows, check)
+    deflated = b"\x78\x01" + block * blocks + b"\x03\x00" + struct.pack(">I", check)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, *[0] * 4))
+            + chunk(b"IDAT", deflated) + chunk(b"IEND", b""))
+
+
+def zip_of(path, members, method=zipfile.ZIP_STORED):
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as z:
+        warnings.simplefilter("ignore")   # of names that are there twice
+        for name, content in members:
+            z.writestr(name, content)
+    return path
+
+
+def read_all(path):
+    return [image.shape for _, image in data.iter_images(path)]
+
+
+@st.composite
+def damaged(draw, contents):
+    """One of `contents` (bytes), cut short, some bytes changed, put in or taken out."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(content)))
+        content[at:at + draw(st.integers(0, 4))] = draw(st.binary(max_size=4))
+    cut = draw(st.sampled_from([False, False, True]))
+    return bytes(content[:draw(st.integers(0, len(content)))] if cut else content)
+
+
+def test_fuzzed_images_are_read_or_refused(tmp_path):
+    whole = [encoded(s, m) for s in (".png", ".jpg", ".bmp", ".webp", ".tif", ".ppm", ".gif")
+             for m in ("L", "RGB", "1") if (s, m) not in ((".webp", "1"), (".jpg", "1"))]
+    ended = []
+
+    @settings(max_examples=300, **FUZZ)
+    @given(damaged(whole))
+    def try_one(content):
+        (tmp_path / "x.jpg").write_bytes(content)
+        try:
+            image = data.decode(tmp_path / "x.jpg", "x.jpg")
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+            ended.append(True)
+        except UserError as error:
+            assert str(error).startswith("x.jpg: ")
+            ended.append(False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # Pillow's, of odd metadata
+        try_one()
+    assert 20 < sum(ended) < len(ended) - 20   # some of both, or the fuzz is of no use
+
+
+def test_fuzzed_zips_are_read_or_refused(tmp_path):
+    image, ended = encoded(".png"), []
+    whole = [zip_of(tmp_path / "a.zip", [("a.png", image), ("b/c.png", image)], method).read_bytes()
+             for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+
+    @settings(max_examples=300, **FUZZ)
+    @given(damaged(whole))
+    def try_one(content):
+        (tmp_path / "a.zip").write_bytes(content)
+        try:
+            assert set(read_all(tmp_path / "a.zip")) == {(7, 9, 3)}
+            ended.append(True)
+        except UserError as error:
+            assert str(tmp_path / "a.zip") in str(error)
+            ended.append(False)
+
+    try_one()
+    assert 10 < sum(ended) < len(ended) - 10
+
+
+def test_fuzzed_statistics_and_arrays_are_read_or_refused(tmp_path):
+    arrays = dict(mu=np.arange(3.0), sigma=np.eye(3), n=np.array(9), id=np.array("x"))
+    contents = []
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **arrays)
+        contents.append((tmp_path / "a.npz").read_bytes())
+    np.save(tmp_path / "a.npy", np.zeros((4, 5, 6, 3), np.uint8))
+    contents.append((tmp_path / "a.npy").read_bytes())
+    readers = {"a.npz": fid.load_stats, "a.npy": lambda path: list(fid.rows_of(path))}
+    ended = []
+
+    @settings(max_examples=400, **FUZZ)
+    @given(damaged(contents), st.sampled_from([*readers]))
+    def try_one(content, name):
+        (tmp_path / name).write_bytes(content)
+        try:
+            readers[name](str(tmp_path / name))
+            ended.append(True)
+        except UserError as error:
+            assert name in str(error)
+            ended.append(False)
+
+    try_one()
+    assert 10 < sum(ended) < len(ended) - 10
+
+
+def test_fuzzed_weights_are_read_or_refused(tmp_path):
+    state = torch.load(random_weights(tmp_path / "w.pth"), weights_only=True)
+    contents = [(tmp_path / "w.pth").read_bytes()]
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    contents.append((tmp_path / "w.pth").read_bytes())
+    spots = [(content, at) for content in contents for at in (0, len(content) - 30_000)]
+    ended = []
+
+    @settings(max_examples=40, **FUZZ)   # both ends of the file, where its structure is
+    @given(st.sampled_from(spots).flatmap(
+        lambda spot: damaged([spot[0][spot[1]:spot[1] + 30_000]]).map(
+            lambda part: spot[0][:spot[1]] + part + spot[0][spot[1] + 30_000:])))
+    def try_one(content):
+        (tmp_path / "w.pth").write_bytes(content)
+        try:
+            net = fid.load_inception(dims=64, weights=tmp_path / "w.pth")
+            assert all(p.isfinite().all() for p in net.parameters())
+            ended.append(True)
+        except UserError as error:
+            assert "w.pth" in str(error)
+            ended.append(False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # torch's, of the older format
+        try_one()
+    assert any(ended) and not all(ended)
+
+
+def test_code_in_pickles_does_not_run(tmp_path):
+    def never():
+        assert not (tmp_path / "ran").exists()
+
+    evil, folder = Evil(tmp_path / "ran"), picture_folder(tmp_path / "pics")
+    for save in (lambda path: torch.save({"Conv2d_1a_3x3.conv.weight": evil}, path),
+                 lambda path: torch.save(evil, path, _use_new_zipfile_serialization=False),
+                 lambda path: path.write_bytes(pickle.dumps(evil))):
+        save(tmp_path / "w.pth")
+        refused(lambda: fid.load_inception(dims=64, weights=tmp_path / "w.pth"), "not a state dict")
+        refused(lambda: core.read_checkpoint(tmp_path / "w.pth"), "no checkpoint")
+        never()
+    code = np.array([evil, None], object)
+    np.savez(tmp_path / "s.npz", mu=code, sigma=code)
+    np.savez(tmp_path / "n.npz", mu=np.zeros(2), sigma=np.eye(2), n=code)
+    np.save(tmp_path / "a.npy", code)
+    (tmp_path / "p.npz").write_bytes(pickle.dumps(evil))
+    for name in ("s.npz", "n.npz", "p.npz"):
+        refused(lambda name=name: fid.load_stats(tmp_path / name), name, "plain arrays")
+    refused(lambda: list(fid.rows_of(str(tmp_path / "a.npy"))), "a.npy")
+    images = data.load(str(folder), 8, tmp_path, "all")   # and in our own caches
+    stats, feats = fid.reference(fid.Pixels(), images, tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        np.savez(path, mu=code, sigma=code, features=code) if path.suffix == ".npz" else np.save(
+            path, code)
+    assert torch.equal(data.load(str(folder), 8, tmp_path, "all"), images)
+    assert torch.equal(fid.reference(fid.Pixels(), images, tmp_path / "cache")[1], feats)
+    never()
+    with pytest.raises(FileNotFoundError):   # the pickle does work, where it is let
+        pickle.loads(pickle.dumps(Evil(tmp_path / "none" / "ran")))
+
+
+def test_zips_are_read_never_extracted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    link = zipfile.ZipInfo("link.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    image, outside = encoded(".png"), tmp_path.parent / "x.png"
+    zip_of(tmp_path / "a.zip", [
+        (str(outside), image), ("../x.png", image), ("C:\\x.png", image), ("d.png/", b""),
+        ("__MACOSX/._x.png", b"no image"), ("\xff\n.png", image), (link, b"/etc/hostname")])
+    assert read_all(tmp_path / "a.zip") == [(7, 9, 3)] * 4   # the folder and the link left out
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"] and not outside.exists()
+
+
+def test_folders_hold_plain_files_only(tmp_path):
+    folder = tmp_path / "pics"
+    (folder / "deep.png").mkdir(parents=True)
+    (folder / "deep.png" / "a.PNG").write_bytes(encoded(".png"))
+    names = [b"\xff\xfe.png", b"a\nb.png", b"\xf0\x9f\x98\x80.png", b"l" * 250 + b".png", b"-n.png"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(encoded(".png"))
+    os.mkfifo(folder / "pipe.png")   # opening it would wait for ever
+    (folder / "out.png").symlink_to("/etc/hostname")
+    (folder / "loop").symlink_to(folder)
+    assert len(data.list_images(folder)) == len(names) + 1
+    assert data.load(str(folder), 8, tmp_path, "all").shape == (6, 3, 8, 8)
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: data.load(str(tmp_path / "pipe")), "no folder")
+    refused(lambda: data.load("/dev/zero"), "no folder")
+    refused(lambda: data.load("a\0b.png"), "does not exist")
+    refused(lambda: data.load("x" * 5000), "File name too long")
+    refused(lambda: data.load(""), "empty")
+
+
+def test_a_folder_that_cannot_be_read_to_its_end_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded(".png"))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(25):   # deeper than a path may be long
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    refused(lambda: data.list_images(tmp_path), "not a readable folder", "File name too long")
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", locked)
+    refused(lambda: data.list_images(tmp_path), "not a readable folder", "Permission denied")
+
+
+def broken_zips(folder):
+    """(bytes, what the refusal says) of zips that are damaged by hand."""
+    image = encoded(".png")
+    whole = zip_of(folder / "w.zip", [("a.png", image)]).read_bytes()
+    listed = whole.index(b"PK\1\2")
+
+    def edit(at, value):
+        assert whole[at] != value
+        return whole[:at] + bytes([value]) + whole[at + 1:]
+
+    yield edit(listed, 0), "Bad magic number for central directory"
+    yield edit(listed + 6, 99), "version"
+    yield edit(listed + 8, 1), "encrypted"
+    yield edit(listed + 10, 77), "compression method"
+    yield edit(0, 0), "Bad magic number for file header"
+    yield edit(listed + 21, 0), "a.png: not a readable image (Bad CRC-32"   # 256 bytes too short
+    pixels = whole.index(b"IDAT") + 40   # Pillow alone reads wrong pixels in silence here
+    yield edit(pixels, whole[pixels] ^ 1), "a.png: not a readable image (Bad CRC-32"
+    yield whole[:-30], "no (whole) zip"
+    yield b"", "no (whole) zip"
+    yield zip_of(folder / "t.zip", [("a.png", image)] * 2).read_bytes(), "a.png is there twice"
+    yield zip_of(folder / "b.zip", [("a.png", b"\0" * 10 ** 7)], 8).read_bytes(), "cannot identify"
+
+
+def test_broken_zips_say_what_is_wrong(tmp_path):
+    for content, text in broken_zips(tmp_path):
+        (tmp_path / "x.zip").write_bytes(content)
+        refused(lambda: read_all(tmp_path / "x.zip"), "x.zip", text)
+
+
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    white = "524946461a000000574542505650384c0e0000002ffebfff0f071011fd0f4444ff03"   # 16383 x 16383
+    bombs = {"a.png": png_bomb(), "b.webp": bytes.fromhex(white),
+             "c.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"}
+    assert len(bombs["a.png"]) < 2 ** 21
+    monkeypatch.setattr(Image.Image, "convert", lambda *a: pytest.fail("decoded"))
+    for name, content in bombs.items():
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        text = "cannot identify" if name == "c.jpg" else "exceeds limit"   # no PostScript is run
+        refused(lambda folder=folder: data.load(str(folder), 8, tmp_path), name, text)
+        zip_of(tmp_path / "z.zip", [(name, content)], 8)
+        refused(lambda: read_all(tmp_path / "z.zip"), name, text)
+    sparse = tmp_path / "a-png" / "big.bmp"
+    with open(sparse, "wb") as f:
+        f.truncate(2 ** 34)
+    refused(lambda: data.list_images(tmp_path / "a-png"), "big.bmp", "268435456 bytes")
+
+
+def test_many_files_need_little_memory(tmp_path):
+    (tmp_path / "0.png").write_bytes(encoded(".png"))
+    for i in range(1, 5000):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    tracemalloc.start()
+    start = time.perf_counter()
+    found = data.list_images(tmp_path)
+    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    images = data.iter_images(tmp_path, [name for name, _, _ in found])
+    for _ in itertools.islice(images, 300):   # one at a time, none kept
+        pass
+    more = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 5000 and peak < 5000 * 1000 and more - peak < 2 ** 20
+    assert seconds < 10   # 100,000 files: 20 times that at most; 2 s where this was written
+
+
+def test_files_that_vanish_or_change(tmp_path):
+    folder = picture_folder(tmp_path / "pics")
+    images = data.iter_images(folder)
+    next(images)
+    for path in folder.iterdir():
+        path.unlink()
+    refused(lambda: list(images), "not a readable image", "No such file")
+    path = zip_of(tmp_path / "a.zip", [(f"{i}.png", encoded(".png", size=(200, 200)))
+                                       for i in range(9)])
+    images = data.iter_images(path)
+    next(images)
+    os.truncate(path, 200)
+    refused(lambda: list(images), "a.zip:1.png: not a readable image")
+    np.save(tmp_path / "a.npy", np.zeros((99, 40, 40, 3), np.uint8))
+    images = fid.rows_of(str(tmp_path / "a.npy"))
+    next(images)
+    os.truncate(tmp_path / "a.npy", 9999)   # a memory map would end the process here
+    refused(lambda: list(images), "a.npy: changed while it was read")
+    gone = data.iter_images(tmp_path / "gone.zip", ["0.png"])
+    refused(lambda: next(gone), "gone.zip: not a readable zip", "No such file")
+
+
+def test_unpacked_cifar_of_any_length_is_not_read_whole(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in data.CIFAR_FILES["test"]:
+        with open(folder / name, "wb") as f:
+            f.truncate(2 ** 36)
+    refused(lambda: data.load("cifar10", data_dir=tmp_path, split="test"), "should have 30730000")
+    (tmp_path / "b" / "cifar-10-binary.tar.gz").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):   # one line too
+        data.load("cifar10", data_dir=tmp_path / "b")
+
+
+def test_only_listed_addresses_and_checksums_always(tmp_path, monkeypatch, tiny):
+    asked, failure = [], []
+
+    class Answer(io.BytesIO):
+        def read(self, n):
+            if failure:
+                raise failure.pop()
+            return super().read(n)
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return Answer(b"not what was asked for")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    folder = str(picture_folder(tmp_path / "pics"))
+    empty = tmp_path / "empty"
+    data.load(folder, 8, empty, "all")
+    data.load("geometry", 16, empty, n_train=4)
+    for name in ("celeba", "imagenet", str(tmp_path / "nowhere")):
+        refused(lambda name=name: data.load(name, data_dir=empty))
+    fid.main([folder, folder, *tiny])
+    assert asked == []   # nothing was needed
+    wanted = [data.CIFAR_URL, *(url for url, _, _ in fid.PUBLISHED.values())]
+    calls = [lambda: data.load("cifar10", data_dir=empty), *(
+        lambda f=f: fid.load_inception(f, data_dir=empty) for f in fid.PUBLISHED)]
+    for call, checksum in zip(calls, ("md5", "sha256", "sha256")):
+        refused(call, f"{checksum} is ")
+    for error in (http.client.IncompleteRead(b"x", 9), OSError(28, "No space left on device"),
+                  TimeoutError("slow")):
+        failure.append(error)
+        refused(calls[0], "cannot download", "put it at")
+    assert asked == wanted + [data.CIFAR_URL] * 3 and all(url.startswith("https") for url in asked)
+    assert not [p for p in empty.rglob("*") if p.is_file() and p.parent.name != "cache"]
+
+
+# ------------------------------------------------------------------------ statistics and weights
+
+
+@pytest.mark.parametrize("arrays, text", [
+    (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "must hold mu"),
+    (dict(mu=np.zeros((4, 1))), "must hold mu"), (dict(mu=np.zeros(4, int)), "must hold mu"),
+    (dict(mu=np.zeros(4, complex)), "must hold mu"), (dict(sigma=np.eye(5)), "must hold mu"),
+    (dict(mu=np.array("text")), "must hold mu"), (dict(sigma=-np.eye(4)), "eigenvalue -1"),
+    (dict(sigma=np.ones((4, 4)) - np.eye(4)), "eigenvalue -1"),
+    (dict(mu=np.full(4, np.inf)), "not finite"), (dict(mu=np.full(4, 1e200)), "above 1e15"),
+    (dict(sigma=np.eye(4) * np.nan), "finite"), (dict(sigma=np.diag([1, 1, 1, np.inf])), "finite"),
+    (dict(sigma=np.eye(4) + np.eye(4, k=1)), "symmetric"),
+])
+def test_statistics_that_are_none(tmp_path, arrays, text):
+    np.savez(tmp_path / "s.npz", **{"mu": np.zeros(4), "sigma": np.eye(4), **arrays})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(lambda: fid.main([str(tmp_path / "s.npz")] * 2), "s.npz", text)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(mu=np.arange(4.0).astype(">f8")), dict(mu=np.arange(4.0).astype(np.longdouble)),
+    dict(sigma=np.eye(4).astype("f2")), dict(n=np.nan), dict(n=np.inf), dict(n=-5), dict(n="many"),
+    dict(n=1j), dict(n=[9]), dict(id=5), dict(id=["x"]), dict(features=np.zeros((9, 4))),
+])
+def test_statistics_in_any_form(tmp_path, arrays):
+    np.savez(tmp_path / "s.npz", **{"mu": np.arange(4.0), "sigma": np.eye(4), **arrays})
+    assert fid.load_stats(tmp_path / "s.npz")[2:] == (None, None)
+    row = fid.main([str(tmp_path / "s.npz")] * 2)
+    assert row["fid"] < 1e-12 and row["n_a"] is None
+
+
+def test_statistics_bombs(tmp_path):
+    def header(shape):
+        out = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            out, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        return out.getvalue()
+
+    path = tmp_path / "s.npz"
+    claims = {"mu.npy": header((10 ** 6,)), "sigma.npy": header((10 ** 6, 10 ** 6))}
+    zip_of(path, claims.items())
+    refused(lambda: fid.load_stats(path), "not a readable .npz")
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), zzz=np.array([Evil(tmp_path / "ran")]))
+    assert len(fid.load_stats(path)[0]) == 4 and not (tmp_path / "ran").exists()   # not looked at
+    content = bytearray(path.read_bytes())
+    listed = content.index(b"PK\1\2", content.index(b"PK\1\2") + 4)   # the second, sigma's
+    content[listed + 24:listed + 28] = struct.pack("<I", 2 ** 30)
+    path.write_bytes(content)
+    refused(lambda: fid.load_stats(path), "sigma object ()", "below 1 GiB")
+    os.rename(path, tmp_path / "a.npy")   # a zip is no .npy, nor the other way round
+    refused(lambda: list(fid.rows_of(str(tmp_path / "a.npy"))), "not a readable .npy")
+    np.save(tmp_path / "b.npy", np.eye(4))
+    os.rename(tmp_path / "b.npy", path)
+    refused(lambda: fid.load_stats(path), "not a readable .npz")
+
+
+@pytest.mark.parametrize("value, text", [
+    (torch.full((32, 3, 3, 3), math.nan), "Conv2d_1a_3x3, its batch norm folded in, is not finite"),
+    (torch.full((32, 3, 3, 3), 1e300, dtype=torch.float64), "Conv2d_1a_3x3, its batch norm"),
+    (torch.zeros(32, 3, 3, 3, dtype=torch.complex64), "complex64"),
+    (torch.zeros(32, 3, 3, 3, dtype=torch.int64), "int64"),
+    (torch.zeros(32, 3, 3, 3).to_sparse(), "sparse"), (torch.zeros(32, 3, 3, 3, device="meta"), ""),
+    (torch.zeros(1).expand(10 ** 6, 10 ** 6), "(1000000, 1000000)"), (torch.tensor(1.0), "is ()"),
+])
+def test_weights_that_are_none(tmp_path, value, text):
+    path = random_weights(tmp_path / "w.pth", Conv2d_1a_3x3__conv__weight=value)
+    refused(lambda: fid.load_inception(dims=64, weights=path), "w.pth: Conv2d_1a_3x3", text)
+
+
+def test_weights_of_a_wrong_variance_head_checksum_or_size(tmp_path):
+    path = random_weights(tmp_path / "w.pth", Conv2d_2b_3x3__bn__running_var=-torch.ones(64))
+    refused(lambda: fid.load_inception(dims=64, weights=path), "Conv2d_2b_3x3, its batch norm")
+    random_weights(path, fc__weight=torch.tensor(1.0))
+    refused(lambda: fid.load_inception(dims=64, weights=path), "fc.weight is ()")
+    published = path.rename(tmp_path / fid.PUBLISHED["2015"][0].rpartition("/")[2])
+    refused(lambda: fid.load_inception(dims=64, weights=published), "sha256 is", "delete it")
+    with open(path, "wb") as f:
+        f.truncate(2 ** 40)
+    refused(lambda: fid.load_inception(dims=64, weights=path), "at most 1 GiB")
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+
+def test_distance_of_constant_identical_and_very_unequal_sets(tmp_path, tiny):
+    grey, noise = torch.full((4, 3, 20, 20), 99, dtype=torch.uint8), uint8_images(9)
+    one, other = write_folder(tmp_path / "a", grey), write_folder(tmp_path / "b", noise)
+    assert fid.main([one, one, *tiny])["fid"] == 0
+    assert fid.main([other, other, *tiny])["fid"] < 1e-6
+    net = fid.load_inception(dims=64, weights=tiny[1])
+    (a, _), (b, _) = (fid.features(net, [x]) for x in (grey, noise))
+    assert (a.cov == 0).all()
+    want = ((a.mean - b.mean).square().sum() + b.cov.trace()).item()   # no covariance on one side
+    row = fid.main([one, other, "--kid", *tiny])
+    assert row["fid"] == pytest.approx(want, rel=1e-6) and row["kid"] > 0
+    few, many = noise[:2], uint8_images(3000, size=4, seed=1)
+    sets = [fid.features(fid.Pixels(4), x.split(700), keep=True) for x in (few, many)]
+    there, back = (fid.frechet_distance(x.mean, x.cov, y.mean, y.cov)
+                   for (x, _), (y, _) in (sets, sets[::-1]))
+    assert 0 < there == pytest.approx(back, rel=1e-6)
+    assert math.isfinite(fid.kid(sets[0][1], sets[1][1])[0])
+
+
+def test_kid_and_precision_of_too_few_images(tmp_path, tiny):
+    two = write_folder(tmp_path / "two", uint8_images(2))
+    one = write_folder(tmp_path / "one", uint8_images(1))
+    assert math.isfinite(fid.main([two, two, "--kid", *tiny])["kid"])
+    refused(lambda: fid.main([two, one, "--kid", *tiny]), "at least 2")
+    refused(lambda: fid.main([two, two, "--prc", *tiny]), "more than 3")
+    refused(lambda: fid.kid(torch.zeros(1, 4), torch.zeros(9, 4)), "at least 2")
+
+
+@pytest.mark.parametrize("wild", [math.nan, math.inf, -math.inf, 1e30])
+def test_numbers_that_are_none_are_refused(wild):
+    x, y = randn(9, 4), randn(9, 4, seed=1)
+    x[7, 2] = wild
+    refused(lambda: fid.kid(x, y), "features for KID", "not finite")
+    refused(lambda: fid.precision_recall(y, x), "precision and recall", "not finite")
+    mu, cov = torch.zeros(4), torch.eye(4)
+    bad = cov.clone()
+    bad[1, 1] = wild
+    for moments in ((x[7], cov, mu, cov), (mu, cov, x[7], cov), (mu, bad, mu, cov),
+                    (mu, cov, mu, bad)):
+        refused(lambda moments=moments: fid.frechet_distance(*moments), "not finite")
+    if not math.isfinite(wild):
+        refused(lambda: fid.Statistics(4).add(x), "features of images 0 to 8 are not finite")
+
+
+def test_activations_that_overflow_are_refused(tmp_path, tiny):
+    images = write_folder(tmp_path / "a", uint8_images(3))
+    path = random_weights(tmp_path / "w.pth", Conv2d_1a_3x3__conv__weight=torch.full(
+        (32, 3, 3, 3), 1e38), Conv2d_2a_3x3__conv__weight=torch.full((32, 32, 3, 3), 1e38))
+    refused(lambda: fid.main([images, images, *tiny, "--weights", str(path)]),
+            "features of images 0 to 2 are not finite")
+
+
+def test_mixed_sizes_and_modes_one_by_one(tmp_path, tiny):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    order = [(20, 20), (9, 31), (20, 20), (1, 1), (300, 5), (9, 31)]
+    for i, (width, height) in enumerate(order):
+        (folder / f"{i}.png").write_bytes(encoded(".png", "RGB" if i % 2 else "L", (width, height)))
+    net = fid.load_inception(dims=64, weights=tiny[1])
+    args = argparse.Namespace(batch=50, n=None)
+    got = fid.features(net, fid.batches_of(str(folder), args), keep=True)[1]
+    want = torch.cat([net(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+                      for _, image in data.iter_images(folder)])
+    assert torch.allclose(got, want, rtol=1e-4) and len(got) == 6
+
+
+@pytest.mark.parametrize("size", [(3, 2_000_000), (2_000_000, 3), (1, 1)])
+@pytest.mark.parametrize("resize", fid.RESIZES)
+def test_very_long_images_need_little(resize, size):
+    x = torch.full((1, 1, *size), 200, dtype=torch.uint8)   # 24 GB, were it all resized one way
+    want = {"tf1": (200 - 128) / 128, "pytorch-fid": 2 * 200 / 255 - 1}[resize]
+    assert torch.allclose(fid.resized(x, resize), torch.tensor(want))
+
+
+@pytest.mark.parametrize("shape, batches", [
+    ((4, 3000, 3000, 3), [1] * 4), ((5, 4, 9, 1), [3, 2]), ((1, 3, 5000, 5000), [1]),
+    ((5, 2000, 2000, 1), [3, 2])])
+def test_batches_of_large_images_are_small(tmp_path, shape, batches):
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, shape)   # sparse
+    args = argparse.Namespace(batch=3, n=None)
+    assert [len(b) for b in fid.batches_of(str(tmp_path / "a.npy"), args)] == batches
+
+
+@settings(max_examples=30, **FUZZ)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 99),
+       st.sampled_from([1e-6, 1.0, 1e6]))
+def test_statistics_in_any_batches(sizes, seed, scale):
+    x = (randn(sum(sizes) + 1, 5, seed=seed) + 3) * scale
+    whole, parts = fid.Statistics(5), fid.Statistics(5)
+    whole.add(x)
+    for part in x.split([*sizes, 1]):
+        parts.add(part)
+    assert torch.allclose(whole.mean, parts.mean, rtol=1e-12)
+    assert torch.allclose(whole.cov, parts.cov, rtol=1e-9, atol=1e-12 * scale ** 2)
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+ABSURD = ["-1", "0", "1", "2", "3", "7", "1e400", "nan", "inf", "-inf", "", " ", "x", "1e-9", "0.5",
+          "٣", "1_0", "9" * 40, str(10 ** 9), str(10 ** 6), str(2 ** 63), "--", "\ud800", "a\nb"]
+SCRIPTS = {exp_pcr_natural: ["--dataset", "geometry"], exp_sc: [], exp_pixel_combination: [],
+           exp_sample_insufficiency: [], th: []}
+NUMBERS = ["--seeds", "--jobs", "--steps", "--d-steps", "--batch", "--n-dis", "--lr-g", "--lr-d",
+           "--beta1", "--beta2", "--z-dim", "--width", "--base", "--gp-weight", "--comb-weight",
+           "--ema-beta", "--log-every", "--eval-every", "--sample-every", "--ckpt-every",
+           "--checks", "--n-fid", "--size", "--n-train", "--n-real", "--dims", "--n-cover",
+           "--arms", "--paths", "--section", "--seed", "--arch", "--norm-d", "--init-d", "--name",
+           "--device", "--preset", "--split"]
+
+
+def dry_run(script, flags):
+    """What becomes of a dry run: {} or exit code 2 after one line; anything else is raised."""
+    args = [*SCRIPTS[script], "--smoke", *flags, "--dry-run"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return script.main(args)
+        except UserError as error:
+            return str(error)
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return 2
+
+
+def test_fuzzed_flags_are_taken_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = []
+
+    @settings(max_examples=120, **FUZZ)
+    @given(st.sampled_from([*SCRIPTS]), st.lists(st.tuples(
+        st.sampled_from(NUMBERS), st.lists(st.sampled_from(ABSURD), max_size=2)), max_size=3))
+    def try_one(script, flags):
+        ended.append(dry_run(script, [part for flag, values in flags for part in (flag, *values)]))
+
+    try_one()
+    assert list(tmp_path.iterdir()) == []
+    assert {} in ended and 2 in ended and any(isinstance(e, str) for e in ended)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [
+    ["--seeds", "-1"], ["--seeds", str(2 ** 70)], ["--jobs", "0"], ["--device", "meta"],
+    ["--device", "cpu:x"], ["--device", ""], ["--paths", str(10 ** 13)], ["--paths", "nan"],
+    ["--width", str(10 ** 9)], ["--z-dim", str(10 ** 12)], ["--size", str(2 ** 40)],
+    ["--size", "0"], ["--size", "8192"], ["--lr-g", "nan"], ["--lr-g", "inf"],
+    ["--gp-weight", "1e400"], ["--n-fid", str(10 ** 9)], ["--steps", str(10 ** 30)],
+    ["--log-every", "-5"], ["--comb-weight", "-inf"], ["--base", str(10 ** 20)],
+], ids=" ".join)
+def test_absurd_flags_are_refused(tmp_path, monkeypatch, script, flags):
+    monkeypatch.chdir(tmp_path)
+    answer = dry_run(script, flags)
+    unused = script is th and flags[0] == "--jobs" and answer == {}
+    assert unused or answer == 2 or flags[0] in answer and "\n" not in answer   # 2: no such flag
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--n", str(10 ** 30)], "--n 1"), (["--n", "-1"], "--n -1"), (["--batch", "0"], "--batch 0"),
+    (["--batch", str(10 ** 30)], "--batch 1"), (["--batch", "1000000"], "from 1 to 1000"),
+    (["--save-stats", "x.txt"], "*.npz"), (["--save-stats", "d.npz"], "*.npz"),
+    (["--weights", "/dev/zero"], "no such file"), (["--weights", "d.npz"], "no such file"),
+])
+def test_absurd_flags_of_the_command(tmp_path, monkeypatch, tiny, flags, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.npz").mkdir()
+    folder = write_folder(tmp_path / "a", uint8_images(3))
+    before = sorted(tmp_path.rglob("*"))
+    refused(lambda: fid.main([folder, folder, *tiny, *flags]), text)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_absurd_sources_of_the_command(tmp_path, tiny):
+    folder, other = write_folder(tmp_path / "a", uint8_images(3)), tmp_path / "x.npy"
+    for pair in ((folder, ""), ("", folder), (folder, "x" * 300), (folder, "a\0b")):
+        with pytest.raises((UserError, OSError)) as caught:
+            fid.main([*pair, *tiny])
+        assert "\n" not in str(caught.value)
+    for size in ("0", "-8", "4097", str(10 ** 30)):
+        refused(lambda size=size: fid.main(["geometry", folder, "--size", size, *tiny]), "--size")
+    refused(lambda: fid.main(["geometry", folder, "--size", "4096", *tiny]), "4 GiB")
+    for shape in ((0, 8, 8, 3), (5, 0, 8, 3), (5, 8, 8), (5, 8, 8, 4), (5,), ()):
+        np.save(other, np.zeros(shape, np.uint8))
+        refused(lambda: fid.main([folder, str(other), *tiny]))
+    np.lib.format.open_memmap(other, "w+", np.uint8, (1, 20_000, 20_000, 3))   # sparse
+    refused(lambda: fid.main([folder, str(other), *tiny]), "268435456 bytes an image")
+    np.save(other, np.asfortranarray(np.zeros((5, 8, 8, 3), np.uint8)))
+    refused(lambda: fid.main([folder, str(other), *tiny]), "C order")
+
+
+def test_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    folder = str(picture_folder(tmp_path / "pics"))
+    for size in (-3, 0, 4097, 10 ** 30, math.nan):
+        refused(lambda size=size: data.load(folder, size, tmp_path, "all"), "--size")
+    pages = 3 * 10 * 64 * 64 - 1   # a byte less than is needed
+    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else 1)
+    refused(lambda: data.load(folder, 64, tmp_path, "all"), "--size 64: 10 images need")
+    pages += 1
+    assert len(data.load(folder, 64, tmp_path, "all")) == 10
+    refused(lambda: geometry.draw(10 ** 9, 2), "4 GiB")
+    refused(lambda: geometry.draw(2, 2, size=10 ** 6), "4 GiB")
+
+
+def test_one_line_whatever_the_name_or_the_memory(capsys, monkeypatch):
+    def fail(error):
+        with pytest.raises(SystemExit) as stopped:
+            harness.cli(lambda: (_ for _ in ()).throw(error))
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert fail(UserError("a\nb.png: broken")).endswith("error: a\\nb.png: broken\n")
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out\nof memory")):
+        assert fail(error).count("\n") == 1
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)   # strict, as in a pipe
+    harness.cli(lambda: exp_pcr_natural.main(["--dataset", "\udcff", "--smoke", "--dry-run"]))
+    out.flush()
+    assert b"dataset=\\udcff" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("content", [b"[1]", b'{"script": "%s"}', b'{"script": "%s", "rows": []}',
+                                     b"3", b"text", b"\xff\xfe", b""])
+def test_results_that_are_none_are_not_drawn(tmp_path, script, content):
+    name = script.__name__.encode()
+    (tmp_path / "result.json").write_bytes(content.replace(b"%s", name))
+    refused(lambda: script.main(["--plot", str(tmp_path)]), f"no finished run of {script.__name__}")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_generator_of_nan_draws_no_images(tmp_path):
+    G, _ = core.build(config())
+    assert core.draw(G, torch.zeros(2, 4)).shape == (2, 1, 8, 8)
+    with torch.no_grad():
+        next(G.parameters()).fill_(math.nan)
+    refused(lambda: core.draw(G, torch.zeros(2, 4)), "not finite")
+    for n in ("0", "-1", "1" + "0" * 30):
+        refused(lambda n=n: exp_sc.main(["--sample", "none.pt", "--n", n]), "--n")
 
 
 # ---------------------------------------------------------------------------------------- results

@@ -473,10 +473,7 @@ LINES = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", "-.", "^"),
 
 def plot(folder):
     """figure.png from result.json: lines are exact, points are measured, with 95% intervals."""
-    result = harness.read_json(folder / "result.json")
-    if result is None:
-        raise harness.UserError(f"--plot {folder}: no result.json in it; give a run folder")
-    rows = result["rows"]
+    rows = harness.read_result(folder, Path(__file__).stem)["rows"]
     fig = Figure(figsize=(7.2, 8.4), layout="constrained")
     *axes, last = fig.subplots(3, 2).flat
     axes[0].axhline(1, color="grey", lw=1, label="constant, as eq. (8) reads")
@@ -550,10 +547,12 @@ def main(argv=None):
     given = {k: v for k, v in vars(args).items() if k not in ("plot", "dry_run") and v is not None}
     cfg = argparse.Namespace(**{"preset": preset, "seeds": [0], "name": preset, **PRESETS[preset],
                                 **given, "section": sorted(set(args.section))})
-    if len(cfg.seeds) > 1:
-        raise harness.UserError(f"--seeds {cfg.seeds}: one seed a run; start another for the next")
-    if cfg.paths < 1000:
-        raise harness.UserError(f"--paths is {cfg.paths}: must be at least 1000, for the intervals")
+    if len(cfg.seeds) > 1 or not 0 <= cfg.seeds[0] < 2 ** 63:
+        raise harness.UserError(f"--seeds {cfg.seeds}: one in [0, 2^63); start another run for the "
+                                "next")
+    if not 1000 <= cfg.paths <= 10 ** 8:
+        raise harness.UserError(f"--paths is {cfg.paths}: must be at least 1000, for the "
+                                "intervals, and at most 10^8")
     if harness.announce([cfg], args.dry_run):
         return {}
     script = Path(__file__).stem
