@@ -6,13 +6,8 @@ them. `step` counts updates of G, `d_steps` updates of D.
 """
 import argparse
 import copy
-import io
-import json
 import math
 import os
-import sys
-import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -22,20 +17,8 @@ from PIL import Image
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm import tqdm
 
-from harness import (
-    Follower,
-    UserError,
-    atomic,
-    differences,
-    generator,
-    join,
-    plain,
-    read_rows,
-    save_grid,
-    stop_signals,
-)
+from harness import UserError, digest, generator, join, plain, read_checkpoint, save_grid
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -401,6 +384,7 @@ class Trainer:
         check_batch(cfg, data)
         self.cfg, self.device = cfg, device
         self.combine, self.correct, self.penalise = combine, correct, penalise
+        cfg.data_hash = digest(data)    # in every config.json and checkpoint from here on
         self.data = data.to(device)
         self.rank, self.world = 0, 1
         if cfg.data_parallel:
@@ -617,22 +601,6 @@ def grad_norm(net):
     return torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
 
 
-def read_checkpoint(path):
-    """The dict of a ckpt.pt, opened without running code; UserError if it is none or damaged."""
-    try:
-        with zipfile.ZipFile(path) as z:                # torch.load does not look at the checksums
-            if bad := z.testzip():
-                raise ValueError(f"{bad} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["G"], state["config"]["model"]
-        return state
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises nearly anything on a broken file
-        raise UserError(f"{path} is no checkpoint of this project ({type(error).__name__})") \
-            from None
-
-
 def sample_checkpoint(path, n, out, device):
     """Draw n images from a checkpoint's G into the picture `out`; of its codes, if it has some."""
     if not 1 <= n <= 10 ** 5 or out.suffix.lower() not in Image.registered_extensions():
@@ -646,100 +614,3 @@ def sample_checkpoint(path, n, out, device):
     save_grid(images, out)
     print(out)
     return {"out": str(out), "n": n, "step": state["step"]}
-
-
-def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
-    """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
-
-    evaluate(trainer) -> dict of numbers, called every eval_every updates; the state of the lowest
-    `best` so far is kept as best.pt. A log is the mean over log_every updates, with `each_step` a
-    row for each of them. Raises UserError at the first metric that is not finite. A first Ctrl-C
-    or SIGTERM finishes the update, saves, and exits 130 or 143. Under --data-parallel the first
-    process alone writes and returns, the others end in Follower.
-    """
-    cfg, ckpt, metrics = trainer.cfg, folder / "ckpt.pt", folder / "metrics.jsonl"
-    log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
-    if ckpt.exists():
-        state = read_checkpoint(ckpt)
-        if differ := differences(state["config"], plain(cfg)):
-            raise UserError(f"{ckpt} was made with another configuration: {differ}")
-        trainer.load(state)
-        log[:len(state["log"])] = state["log"].to(log)
-    if trainer.rank:
-        with stop_signals() as caught:
-            while trainer.step < cfg.steps and not caught:
-                trainer.update()
-        raise Follower
-    rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
-    with atomic(metrics) as tmp:
-        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    scores = {k: v for r in rows if best in r for k, v in r.items()}
-    lowest = min((r[best] for r in rows if best in r), default=math.inf)
-    first, start = trainer.step, time.time()
-    if cfg.engine == "graph":
-        trainer.capture()
-
-    def save(path):
-        file = io.BytesIO()                             # torch.save hides what a full disk says
-        torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, file)
-        with atomic(path) as tmp:
-            tmp.write_bytes(file.getbuffer())
-
-    def write(*rows):
-        now = {"step": trainer.step, "d_steps": trainer.d_steps}
-        with open(metrics, "a") as f:
-            f.writelines(json.dumps({**now, **row}) + "\n" for row in rows)
-
-    def due(every):
-        return trainer.step % every == 0 or trainer.step == cfg.steps
-
-    with stop_signals() as caught, tqdm(
-            total=cfg.steps, initial=first, desc=folder.name, unit="step", leave=False,
-            disable=cfg.jobs not in (None, 1) or None, smoothing=0.1) as bar:
-        while trainer.step < cfg.steps:
-            metrics_now = trainer.update()
-            log[(trainer.step - 1) % cfg.log_every] = metrics_now
-            bar.update()
-            if not (caught or any(due(getattr(cfg, f"{what}_every"))
-                                  for what in ("log", "eval", "sample", "ckpt"))):
-                continue
-            if not folder.is_dir():
-                raise UserError(f"{folder} has vanished at step {trainer.step}")
-            window = log[:(trainer.step - 1) % cfg.log_every + 1].cpu()  # the only host copy
-            bad = (~window.isfinite()).any(1).nonzero()
-            if len(bad):
-                at = trainer.step - len(window) + 1 + bad[0].item()
-                names = [k for k, v in zip(trainer.METRICS, window[bad[0, 0]]) if not v.isfinite()]
-                kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "no checkpoint"
-                raise UserError(f"{', '.join(names)} not finite at step {at} of {folder}; {kept}")
-            if due(cfg.log_every):
-                row = dict(zip(trainer.METRICS, window.double().mean(0).tolist()))
-                back = range(len(window) - 1, -1, -1)
-                write(*[{"step": trainer.step - i, "d_steps": trainer.d_steps - i * cfg.n_dis,
-                         **dict(zip(trainer.METRICS, values))}
-                        for i, values in zip(back, window.tolist())] if each_step else [row])
-                show(bar, folder.name, trainer, row, scores,
-                     (trainer.step - first) / (time.time() - start))
-            if evaluate and due(cfg.eval_every):
-                scores = evaluate(trainer)
-                write(scores)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in scores.items() if k == best})
-                if scores.get(best, math.inf) < lowest:
-                    lowest = scores[best]
-                    save(folder / "best.pt")
-            if due(cfg.sample_every):
-                save_grid(trainer.shown(), folder / "samples" / f"{trainer.step:07d}.png")
-            if caught or due(cfg.ckpt_every):
-                save(ckpt)
-            if caught:
-                raise SystemExit(128 + caught[0])
-
-
-def show(bar, name, trainer, row, scores, rate):
-    """One aligned line for a log, above the progress bar where there is one."""
-    left = (trainer.cfg.steps - trainer.step) / rate
-    numbers = "  ".join(f"{k} {v:8.3f}" for k, v in row.items() if k in ("d_loss", "g_loss"))
-    latest = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float))
-    bar.write(f"{name}  step {trainer.step:6d}  d_steps {trainer.d_steps:6d}  {numbers}  "
-              f"{rate:6.2f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {latest}",
-              file=sys.stdout)

@@ -155,7 +155,7 @@ def train(cfg, folder):
     images, score, protocol = prepare(cfg)
     trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), combine=ARMS[cfg.arm])
     harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, score)
+    harness.fit(trainer, folder, score)
     return protocol
 
 

@@ -107,7 +107,7 @@ def train(cfg, folder):
 
     trainer = core.Trainer(cfg, images, device, combine=combine if ARMS[cfg.arm] else None)
     harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, scorer(cfg, known, device))
+    harness.fit(trainer, folder, scorer(cfg, known, device))
     return trainer, known
 
 
@@ -362,7 +362,8 @@ def prepare(cfg):
     def score(x):
         row = fid.score(net, *reference, x.split(fid.BATCH))
         return {"fid": row["fid"], "kid": row["kid"], "kid_std": row["kid_std"], "n": len(x),
-                "n_real": cfg.n_real or n, "score": net.label, "dims": len(reference[0].mean)}
+                "n_real": cfg.n_real or n, "score": net.label, "features": net.id,
+                "dims": len(reference[0].mean)}
 
     return images, heldout, score
 
@@ -395,7 +396,7 @@ def train_photos(cfg, folder):
     combine = (lambda trainer, x_real: core.pixel_average(x_real)) if ARMS[cfg.arm] else None
     trainer = core.Trainer(cfg, images, device, combine=combine)
     harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, lambda trainer: {
+    harness.fit(trainer, folder, lambda trainer: {
         f"d_{k}": v.mean().item() for k, v in view(trainer).items()})
     return trainer, images, score, shown["real"], view
 

@@ -190,7 +190,7 @@ def run_geometry(cfg, folder):
     images = geometry.draw(cfg.n_train, 2, cfg.size, cfg.size // 4, seed=cfg.seed)
     trainer = Sampler(cfg, images, harness.pick_device(cfg.device))
     harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, scorer(images, cfg.size // 4, folder), "assignment_distance",
+    harness.fit(trainer, folder, scorer(images, cfg.size // 4, folder), "assignment_distance",
              each_step=True)
     rows = harness.read_rows(folder / "metrics.jsonl")
     checks, steps = ([r for r in rows if k in r] for k in ("correct", "d_loss"))
@@ -257,7 +257,8 @@ def prepare(cfg):
             row |= {f"{k}_ema": v for k, v in fid.score(net, *reference, ema).items()}
         return row
 
-    return images, score, {"score": net.label, "n_real": len(order), "dims": cfg.dims}
+    return images, score, {"score": net.label, "features": net.id, "n_real": len(order),
+                           "dims": cfg.dims}
 
 
 def run_photos(cfg, folder):
@@ -267,7 +268,7 @@ def run_photos(cfg, folder):
     more = {"r1": {"penalise": r1}, "optimistic": {"optimizer": OptimisticAdam}}.get(cfg.arm, {})
     trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), **more)
     harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, score)
+    harness.fit(trainer, folder, score)
     rows = [{"arm": arm, "batch": cfg.batch, "seed": cfg.seed, "step": r["step"],
              "images_seen": r["d_steps"] * cfg.batch, "fid": r[key], "n_fid": cfg.n_fid, **protocol}
             for r in harness.read_rows(folder / "metrics.jsonl") if "fid" in r

@@ -138,7 +138,7 @@ def train(cfg, folder):
     device, (images, pool) = harness.pick_device(cfg.device), training_set(cfg)
     trainer = core.Trainer(cfg, images, device, **hooks(cfg, pool.to(device)))
     harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, score, best="wrong")
+    harness.fit(trainer, folder, score, best="wrong")
     return trainer, images
 
 
@@ -339,7 +339,8 @@ def prepare(cfg):
         return {"fid": own, "fid_heldout": other, "n_fid": stats.n,
                 **measure(x[:cfg.n_dif], images, cfg)}
 
-    return images, held[1::2], score, {"score": net.label, "dims": len(ends[0].mean)}
+    return images, held[1::2], score, {"score": net.label, "features": net.id,
+                                       "dims": len(ends[0].mean)}
 
 
 def references(cfg):
@@ -359,7 +360,7 @@ def run_photos(cfg, folder):
     device, (images, _, score, protocol) = harness.pick_device(cfg.device), prepare(cfg)
     trainer = core.Trainer(cfg, images, device, correct=correction(cfg, images, device))
     harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
-    core.fit(trainer, folder, lambda trainer: score(torch.cat(list(
+    harness.fit(trainer, folder, lambda trainer: score(torch.cat(list(
         core.generate(trainer.G, max(cfg.n_fid, cfg.n_dif), cfg.z_dim)))))
     x, x_train = trainer.shown(24), core.to_float(images).to(device)
     nearest = dif(core.to_float(x), x_train, dif_scale(x_train, cfg.dif_norm))[1].cpu()

@@ -263,7 +263,7 @@ def test_batch_larger_than_the_data_is_refused():
 def fit(folder, evaluate=None, **changes):
     trainer = core.Trainer(config(**changes), tiny_data(), torch.device("cpu"),
                            combine=lambda t, x: core.pixel_average(x))
-    core.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), evaluate)
+    harness.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), evaluate)
     return trainer
 
 
@@ -281,7 +281,7 @@ def test_stop_and_resume_is_bit_for_bit(tmp_path, number, code):
     with pytest.raises(SystemExit) as stopped:
         fit(tmp_path / "cut", stop)
     assert stopped.value.code == code
-    cut = core.read_checkpoint(tmp_path / "cut" / "ckpt.pt")
+    cut = harness.read_checkpoint(tmp_path / "cut" / "ckpt.pt")
     assert (cut["step"], cut["d_steps"]) == (3, 6)
     resumed = fit(tmp_path / "cut", score)
     for name in ("G", "D", "G_ema"):
@@ -307,8 +307,9 @@ def test_cuda_graph_agrees_with_eager(model, loss, gp_weight):
 
 
 def test_engines_are_refused_where_they_cannot_work(tmp_path):
+    trainer = core.Trainer(config(engine="graph"), tiny_data(), torch.device("cpu"))
     with pytest.raises(UserError, match="--engine graph: needs a CUDA device"):
-        core.fit(core.Trainer(config(engine="graph"), tiny_data(), torch.device("cpu")), tmp_path)
+        harness.fit(trainer, tmp_path)
     with pytest.raises(UserError, match="--engine compile: .*differentiate twice"):
         core.Trainer(config(engine="compile"), tiny_data(), torch.device("cpu"))
 
@@ -321,7 +322,7 @@ def test_checkpoint_is_plain_and_can_be_sampled(tmp_path):
     assert Image.open(tmp_path / "grid.png").width >= 256
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="no checkpoint"):
-        core.read_checkpoint(tmp_path / "bad.pt")
+        harness.read_checkpoint(tmp_path / "bad.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
@@ -329,8 +330,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     update = trainer.update
     trainer.update = lambda: update() * (torch.nan if trainer.step == 4 else 1)
     with pytest.raises(UserError, match=r"d_loss.* not finite at step 4 of .*ckpt.pt"):
-        core.fit(trainer, tmp_path)
-    assert core.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+        harness.fit(trainer, tmp_path)
+    assert harness.read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
 
 def test_another_configuration_is_not_resumed(tmp_path):
@@ -339,6 +340,23 @@ def test_another_configuration_is_not_resumed(tmp_path):
         fit(tmp_path, lr_g=0.5)
     with pytest.raises(UserError, match="--resume"):
         harness.open_run(tmp_path, config(), resume=False)
+
+
+def test_a_result_can_be_traced(tmp_path):
+    args = ["--smoke", "--arms", "vanilla", "--seeds", "0", "--outdir", str(tmp_path)]
+    result = exp_pixel_combination.main(args)
+    digest = harness.digest(exp_pixel_combination.copies(exp_pixel_combination.images_of(
+        argparse.Namespace(size=16, seed=0))))
+    assert result["data"] == [digest] and len(digest) == 32
+    assert {"git", "python", "torch", "numpy", "device", "config"} <= set(result)
+    assert result["config"]["seeds"] == [0]
+    state = harness.read_checkpoint(tmp_path / "exp_pixel_combination" / "geometry-smoke" /
+                                    "vanilla-s0" / "ckpt.pt")
+    assert state["config"]["data_hash"] == digest
+    other = core.Trainer(argparse.Namespace(**{**state["config"], "seed": 0}), tiny_data(
+        128, size=16), torch.device("cpu"))
+    with pytest.raises(UserError, match="data_hash was"):              # other images, other run
+        harness.fit(other, tmp_path / "exp_pixel_combination" / "geometry-smoke" / "vanilla-s0")
 
 
 def test_failed_writes_leave_the_old_file(tmp_path):
@@ -1761,7 +1779,7 @@ def test_sc_and_its_control_agree_where_they_must(tmp_path, monkeypatch):
         exp_sc.main(["--dataset", pictures, "--smoke", "--outdir", str(tmp_path), "--data-dir",
                      str(tmp_path / "d"), "--sc-threshold", str(threshold), "--name",
                      f"t{threshold}", "--sc-replace", "discard"])
-        return {a: core.read_checkpoint(tmp_path / "exp_sc" / f"t{threshold}" / f"{a}-s0"
+        return {a: harness.read_checkpoint(tmp_path / "exp_sc" / f"t{threshold}" / f"{a}-s0"
                                         / "ckpt.pt")["D"]["0.weight"] for a in exp_sc.PHOTO_ARMS}
 
     none, all_ = states(0.0), states(1.0)
@@ -1823,7 +1841,7 @@ def sampler(arm, **changes):
 
 def fit_sampler(folder, arm, **changes):
     trainer = sampler(arm, **changes)
-    core.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), each_step=True)
+    harness.fit(trainer, harness.open_run(folder, trainer.cfg, resume=True), each_step=True)
     return trainer
 
 
@@ -1860,7 +1878,7 @@ def test_sampler_resumes_bit_for_bit_and_logs_each_update_once(tmp_path, arm):
     update = cut.update
     cut.update = lambda: update() if cut.step < 7 else 1 / 0            # dies without a word
     with pytest.raises(ZeroDivisionError):
-        core.fit(cut, harness.open_run(tmp_path / "cut", cut.cfg, resume=True), each_step=True)
+        harness.fit(cut, harness.open_run(tmp_path / "cut", cut.cfg, resume=True), each_step=True)
     state = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
     assert state["step"] == 6 and torch.equal(state["codes"], whole.codes)
     resumed = fit_sampler(tmp_path / "cut", arm, steps=11)
@@ -1993,7 +2011,7 @@ for line in sys.stdin:
             trainer = core.Trainer(test_all.config(**order["config"]), test_all.tiny_data(64),
                                    torch.device("cpu"))
             folder = harness.open_run(order["folder"], trainer.cfg, True)
-            core.fit(trainer, folder, lambda t: {"fid": float(t.step)})
+            harness.fit(trainer, folder, lambda t: {"fid": float(t.step)})
         sys.stdout = open(os.devnull, "w")
         try:
             harness.cli(work)
@@ -2038,7 +2056,7 @@ LONG = dict(steps=60, width=32, log_every=4, eval_every=6, ckpt_every=1, sample_
 
 def finished(folder):
     """Weights and metrics that a run left."""
-    state = core.read_checkpoint(folder / "ckpt.pt")
+    state = harness.read_checkpoint(folder / "ckpt.pt")
     return ({f"{n}.{k}": v for n in ("G", "D", "G_ema") for k, v in state[n].items()},
             (folder / "metrics.jsonl").read_text(), state["step"])
 
@@ -2057,7 +2075,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
         kills += code != 0
         inside += code != 0 and "kill_in_write" in order
         if (cut / "ckpt.pt").exists():
-            assert 1 <= core.read_checkpoint(cut / "ckpt.pt")["step"] <= 60     # always whole
+            assert 1 <= harness.read_checkpoint(cut / "ckpt.pt")["step"] <= 60     # always whole
         if code == 0:                                                           # again from nothing
             cut = tmp_path / f"cut{kills}"
     assert zygote(cut, LONG) == 0
@@ -2072,7 +2090,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
 def test_a_signal_saves_first(tmp_path, zygote, number, code):
     long = {**LONG, "steps": 5000, "ckpt_every": 5000}
     assert zygote(tmp_path / "run", long, kill_after=0.1, signal=number) == code
-    assert 0 < core.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 5000
+    assert 0 < harness.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 5000
 
 
 @pytest.fixture
@@ -2095,7 +2113,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(small_disk, capsy
     (small_disk / "ballast").write_bytes(bytes(rest.f_bavail * rest.f_frsize - 8192))
     trainer = core.Trainer(config(steps=9, width=8), tiny_data(), torch.device("cpu"))
     with pytest.raises(SystemExit) as stopped:
-        harness.cli(lambda: core.fit(trainer, small_disk / "run"))
+        harness.cli(lambda: harness.fit(trainer, small_disk / "run"))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "No space left" in error and error.count("\n") == 1
     assert (small_disk / "run" / "ckpt.pt").read_bytes() == before
@@ -2121,7 +2139,7 @@ def test_a_vanished_folder_is_one_line(tmp_path, capsys):
 
     trainer.update = vanish
     with pytest.raises(SystemExit) as stopped:
-        harness.cli(lambda: core.fit(trainer, folder))
+        harness.cli(lambda: harness.fit(trainer, folder))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and str(folder) in error and error.count("\n") == 1
     assert not folder.exists()
@@ -2142,9 +2160,9 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path):
     fit(tmp_path / "a", steps=3)
     other = core.Trainer(config(steps=6, lr_g=0.5), tiny_data(), torch.device("cpu"))
     with pytest.raises(UserError, match="another configuration: lr_g was 0.01, is 0.5; steps was"):
-        core.fit(other, tmp_path / "a")
+        harness.fit(other, tmp_path / "a")
     path = tmp_path / "a" / "ckpt.pt"
-    content, weights = bytearray(path.read_bytes()), core.read_checkpoint(path)["G"]["0.weight"]
+    content, weights = bytearray(path.read_bytes()), harness.read_checkpoint(path)["G"]["0.weight"]
     content[content.find(weights.numpy().tobytes()) + 5] ^= 1           # a single flipped bit
     path.write_bytes(content)
     with pytest.raises(UserError, match="ckpt.pt is no checkpoint|damaged"):
@@ -2204,7 +2222,7 @@ def test_data_parallel_is_one_process_up_to_rounding(tmp_path):
             assert a.keys() == b.keys() and a == pytest.approx(b, rel=2e-3, abs=1e-4)
         images, scores = [], []
         for run in runs:
-            state = core.read_checkpoint(run / "ckpt.pt")
+            state = harness.read_checkpoint(run / "ckpt.pt")
             G, D = core.build(argparse.Namespace(**state["config"]))
             G.load_state_dict(state["G"])
             D.load_state_dict(state["D"])
@@ -2399,7 +2417,7 @@ def test_code_in_pickles_does_not_run(tmp_path):
                  lambda path: path.write_bytes(pickle.dumps(evil))):
         save(tmp_path / "w.pth")
         refused(lambda: fid.load_inception(dims=64, weights=tmp_path / "w.pth"), "not a state dict")
-        refused(lambda: core.read_checkpoint(tmp_path / "w.pth"), "no checkpoint")
+        refused(lambda: harness.read_checkpoint(tmp_path / "w.pth"), "no checkpoint")
         never()
     code = np.array([evil, None], object)
     np.savez(tmp_path / "s.npz", mu=code, sigma=code)
