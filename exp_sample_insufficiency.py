@@ -333,8 +333,7 @@ def configure(args, device):
         cfg.lr_g, cfg.lr_d, cfg.arm = cfg.lr_g * scale, cfg.lr_d * scale, arm
         return cfg
 
-    ones = [resolve(*cell) for cell in cells]
-    return argparse.Namespace(**vars(ones[0]) | {"arm": None}), ones
+    return resolve(None, asked["batch"]), [resolve(*cell) for cell in cells]
 
 
 def run(cfg, folder):
