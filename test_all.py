@@ -1599,7 +1599,7 @@ def test_mistakes_with_photographs(tmp_path, monkeypatch, capsys, args, message)
 
 
 def test_a_result_of_rectangles_redraws_alone(tmp_path):
-    source = HERE / "results" / "exp_pixel_combination" / "result.json"
+    source = HERE / "results" / "exp_pixel_combination" / "geometry" / "result.json"
     (tmp_path / "result.json").write_text(source.read_text())
     exp_pixel_combination.main(["--plot", str(tmp_path)])
     assert Image.open(tmp_path / "figure.png").width > 1000
@@ -1607,7 +1607,7 @@ def test_a_result_of_rectangles_redraws_alone(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["cifar10", "celeba"])
 def test_pair_search_on_photographs(real_data, dataset):
-    images = data.load(dataset, 32, real_data, "train", 150)
+    images = data.load(dataset, 32, real_data, "train", 60)
     heldout = data.load(dataset, 32, real_data, "test", 8)
     fake = exp_pixel_combination.average(images[:8], images[20:28])
     queries = torch.cat([heldout, fake, images[:8]])
