@@ -347,11 +347,12 @@ def run_name(row):
 def lines(ax, rows, arms, x, y, title, label):
     """Mean and range over seeds of one entry of the curves against another, an arm a line."""
     for arm in arms:
-        curves = [([p[x] for p in r["curve"]], [p[y] for p in r["curve"]])
+        curves = [([p[x] / (1, 1000)[x] for p in r["curve"]], [p[y] for p in r["curve"]])
                   for r in rows if r["arm"] == arm]
         colour, dash = LOOK[arm]
         harness.band(ax, curves, arm, color=colour, ls=dash, lw=1.6)
-    ax.set(xlabel=("updates of G", "images seen")[x], ylabel=title, title=label)
+    ax.set(xlabel=("updates of G", "images seen, thousands")[x], ylabel=title)
+    ax.set_title(label, fontsize=9)
 
 
 def against_batch(ax, rows, key, label):
@@ -384,16 +385,16 @@ def film(folder, row, n_codes=4, n_checks=16):
 def plot_geometry(folder, rows):
     """Codes through training, losses and gradients, how many are right, against the batch size."""
     one = min(r["seed"] for r in rows)
-    full = [r for r in rows if r["arm"] == "fgd"][:1]
+    full = [r for r in rows if r["arm"] == "fgd"]
     part = [r for r in rows if r["arm"] != "fgd"]
     middle = sorted({r["batch"] for r in part if r["arm"] != part[0]["arm"]}
                     or {part[0]["batch"]})[0] if part else None
     part = [r for r in part if r["batch"] == middle]        # the laws at one batch size
     arms = [a for a in LAWS if any(r["arm"] == a for r in full + part)]
-    shown = full + [r for r in part if r["seed"] == one][:1]
+    shown = [r for r in full if r["seed"] == one] + [r for r in part if r["seed"] == one][:1]
     n = len({r["seed"] for r in rows})
-    fig = Figure(figsize=(10, 11.2), layout="constrained")
-    films, noise, curves, sizes = fig.subfigures(4, height_ratios=[1.05, 1, 1, 1])
+    fig = Figure(figsize=(10, 9.6), layout="constrained")
+    films, noise, curves, sizes = fig.subfigures(4, height_ratios=[0.72, 1, 1, 1])
     for ax, row in zip(np.atleast_1d(films.subplots(1, len(shown))), shown):
         ax.imshow(film(folder, row), interpolation="nearest")
         ax.set_title(f"{row['arm']}, batch {row['batch']}: four codes through training", fontsize=9)
@@ -406,17 +407,17 @@ def plot_geometry(folder, rows):
             steps = [r for r in harness.read_rows(folder / run_name(row) / "metrics.jsonl")
                      if "d_loss" in r]
             y = [r["d_real"] - r["d_fake"] if key == "gap" else r[key] for r in steps]
-            ax.plot([r["d_steps"] * row["batch"] for r in steps], y, lw=0.5,
+            ax.plot([r["d_steps"] * row["batch"] / 1000 for r in steps], y, lw=0.5,
                     color=LOOK[row["arm"]][0], label=f"{row['arm']}, batch {row['batch']}")
             ax.set_ylim(*np.quantile(y, [0.002, 0.998]) + np.array([-0.1, 0.1]) * np.std(y))
-        ax.set(xlabel="images seen", ylabel=label)
+        ax.set(xlabel="images seen, thousands", ylabel=label)
     noise.axes[0].legend(frameon=False, fontsize=8)
     top = curves.subplots(1, 3)
     least = min(r["steps"] for r in full + part)
-    lines(top[0], full + part, arms, 0, 2, "share of codes with two squares", "at equal updates")
+    lines(top[0], full + part, arms, 0, 2, "share of codes", "image has two squares, equal updates")
     top[0].set_xlim(0, least)
-    lines(top[1], full + part, arms, 1, 2, "share of codes with two squares", "at equal images")
-    lines(top[2], full + part, arms, 1, 5, "share of codes changed since last check", "")
+    lines(top[1], full + part, arms, 1, 2, "share of codes", "image has two squares, equal images")
+    lines(top[2], full + part, arms, 1, 5, "share of codes", "image changed since the last check")
     top[2].legend(frameon=False, fontsize=8)
     for ax in top:
         ax.set_ylim(0, 1.03)
