@@ -50,7 +50,7 @@ PRESETS = {
 }
 # Figure 2, right. UNSPECIFIED: the model, the batch sizes, the amount of data.
 PHOTOS = {
-    "paper": dict(n_train=None, batches=[4, 16, 64, 256], images=2_560_000, z_dim=128, beta1=0.5,
+    "paper": dict(n_train=None, batches=[4, 16, 64, 256], images=2_560_000, base=4, beta1=0.5,
                   lr_g=2e-4, lr_d=2e-4, ema_beta=0.999, n_fid=10_000, n_real=None, dims=2048,
                   checks=10, log_every=100),
     # DEVIATION: 32 px, a small net, and a distance of 192 features, which few images determine.
