@@ -78,6 +78,8 @@ def resolve(args, *presets, **fixed):
     """
     if args.data_parallel and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError("--data-parallel: start it with torchrun, on two processes at least")
+    if args.data_parallel and args.engine == "graph":
+        raise UserError("--engine graph: not with --data-parallel, whose sums leave the device")
     cfg = {k: v for k, v in vars(args).items()
            if k not in ("sample", "n", "out", "plot", "dry_run")}
     given = {k: v for k, v in cfg.items() if v is not None}
