@@ -37,6 +37,7 @@ from scipy import ndimage, stats
 from scipy.integrate import quad
 from scipy.linalg import solve_discrete_lyapunov, sqrtm
 
+import bench
 import core
 import data
 import exp_pcr_natural
@@ -219,6 +220,20 @@ def test_each_update_moves_its_own_network(model, loss):
     torch.testing.assert_close(mean, 0.9 * g + 0.1 * now)
     trainer.update()
     assert (trainer.step, trainer.d_steps) == (1, 2)
+
+
+def test_leaky_relu_and_its_derivatives_are_those_of_pytorch():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64).requires_grad_()
+    convs = [torch.nn.Conv2d(3, 3, 3, dtype=torch.float64) for _ in range(2)]
+    grads = []
+    for act in (core.LeakyReLU(), torch.nn.LeakyReLU(0.2)):
+        out = act(convs[1](act(convs[0](x)))).square().sum()
+        first, = torch.autograd.grad(out, x, create_graph=True)
+        second = torch.autograd.grad(first.norm(), [c.weight for c in convs])
+        grads.append([out, first, *second])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 def test_d_loss_is_the_formula():
@@ -2943,6 +2958,87 @@ def test_a_generator_of_nan_draws_no_images(tmp_path):
     refused(lambda: core.draw(G, torch.zeros(2, 4)), "not finite")
     for n in ("0", "-1", "1" + "0" * 30):
         refused(lambda n=n: exp_sc.main(["--sample", "none.pt", "--n", n]), "--n")
+
+
+# ------------------------------------------------------------------------------------- bench
+
+
+def test_bench_measures_every_part(tmp_path, capsys):
+    result = bench.main(["--smoke", "--json", "--data-dir", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
+    assert {"device", "processor", "cores", "threads", "repeats", "clock", "seconds", "versions",
+            "load", "rows", "left_out"} <= result.keys()
+    assert {"git", "python", "torch", "numpy", "scipy"} <= result["versions"].keys()
+    assert {r["part"] for r in result["rows"]} == set(bench.PARTS) and not result["left_out"]
+    for row in result["rows"]:
+        numbers = [v for k, v in row.items() if not isinstance(v, str)]
+        assert all(math.isfinite(v) and v > 0 for v in numbers), row
+        assert row["low"] <= row["value"] <= row["high"] and row["unit"]
+    rows = {f"{r['part']} {r['name']}": r for r in result["rows"]}
+    step = rows["train wgangp smoke, 32 px, eager"]
+    assert {"d_steps_per_s", "peak_percent", "time_ratio"} <= step.keys() and step["repeats"] == 2
+    assert rows["train wgangp smoke, 32 px, eager pcr, 2 together"]["unit"] == "runs/hour"
+    ours, scipys = (rows[f"fid distance of 64 features, one thread, {name}"]
+                    for name in ("fid.py", "scipy sqrtm"))
+    assert ours["distance"] == pytest.approx(scipys["distance"], rel=1e-8)
+    assert all(row["mib"] >= row["mib_before"] for name, row in rows.items() if "growth" in name)
+
+
+def test_bench_imports_other_tools_only_when_asked(tmp_path):
+    tools = ["torchgan", "torch_mimicry", "pytorch_fid", "torch_fidelity", "cleanfid",
+             "torchmetrics"]
+    for tool in tools:
+        (tmp_path / f"{tool}.py").write_text("")            # an import of it would not fail
+    code = ("import bench, sys; result = bench.main(sys.argv[1:] + ['--smoke']);"
+            f"print(sorted({{*{tools}, 'bench_peers'}} & {{*sys.modules}}), result['left_out'])")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
+
+    def last_line(*args):
+        done = subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, env=env, text=True,
+                              capture_output=True, timeout=300)
+        assert not done.returncode, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    for part in ("train", "distance"):
+        assert last_line(part) == "[] {}"
+    asked = last_line("distance", "--peers")
+    assert "pytorch_fid" in asked and "pytorch-fid, DISTANCE" in asked  # and why it was left out
+
+
+def test_bench_counts_flops_as_by_hand():
+    conv, x = torch.nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 10, 10)
+    forward = 2 * 2 * 8 * 3 * 9 * 100                       # B, C out, C in, kernel, pixels
+    with bench.Flops() as flops:
+        y = conv(x)
+    assert flops.total == forward
+    with bench.Flops() as flops:
+        y.sum().backward()                                  # of the weight alone
+    assert flops.total == forward
+    with bench.Flops() as flops:
+        conv(x.requires_grad_()).sum().backward()
+    assert flops.total == 3 * forward
+    linear, x = torch.nn.Linear(7, 5, bias=False), torch.randn(4, 7, requires_grad=True)
+    with bench.Flops() as flops:                            # forward, input, and penalty of weight
+        torch.autograd.grad(linear(x).sum(), x, create_graph=True)[0].norm().backward()
+    assert flops.total == 3 * (2 * 4 * 7 * 5)
+
+
+def test_bench_takes_turns_and_leaves_out_what_fails(capsys):
+    args = argparse.Namespace(smoke=True, repeats=3, clock="wall", peers=False)
+    b, calls = bench.Bench(args, torch.device("cpu")), []
+    times = b.race({"a": lambda: calls.append("a"), "broken": lambda: 1 / 0,
+                    "b": lambda: calls.append("b")})
+    assert "".join(calls).endswith("ababab") and {k: len(v) for k, v in times.items()} == {
+        "a": 3, "b": 3}
+    assert b.left_out == {"broken": "ZeroDivisionError: division by zero"}
+    b.row("part", "name", "unit", np.array([1.0, 2.0, 9.0]))
+    assert [b.rows[0][k] for k in ("low", "value", "high", "repeats")] == [1.5, 2.0, 5.5, 3]
+
+
+def test_bench_refuses_what_it_cannot_measure():
+    for wrong in (["--repeats", "-1"], ["--threads", "-1"]):
+        with pytest.raises(UserError, match="at least 1"):
+            bench.main(["geometry", *wrong])
 
 
 # ---------------------------------------------------------------------------------------- results

@@ -1,0 +1,385 @@
+"""How fast it is here: training steps, runs per hour, FID, counters, theory, and how cost grows.
+
+    python bench.py [train|fid|geometry|theory|growth] [--peers] [--json]
+
+With no part named all five, about half an hour on two cores. A number is the median of `--repeats`
+timings, its quartiles beside it. What is compared takes turns, A B A B, so that noise hits all;
+`time_ratio` is the median, over the turns, of its time to that of the first of its group. A share
+of the peak is FLOPs, counted, against a large float32 matmul on the same device and threads.
+`--peers` times other tools beside it, where installed: see bench_peers.py.
+"""
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import core
+import data
+import exp_pcr_natural as natural
+import fid
+import geometry
+import harness
+import theory_sde
+
+TABLE = {32: 6, 64: 12}     # runs of a model in Table 1, by pixels: data sets x 2 arms x 3 seeds
+CPU = dict(     # seconds of a timing at least, of runs together; cells; sizes and counts of images
+    repeats=5, least=0.05, window=10, models=[*natural.MODELS], presets=["paper", "cpu"],
+    sizes=[32], jobs=[1, 2, 4, 8], matmul=2048, images=16, dims=[64, 192, 768, 2048], drawn=25_600,
+    cars={"eager": {}, "eager pcr": {"arm": "pcr"}, "graph": {"engine": "graph"},
+          "compile": {"engine": "compile"}}, paths=65_536, growth_preset="cpu",
+    growth={"size": [16, 32, 64, 128], "batch": [16, 32, 64, 128],
+            "n_train": [1_000, 10_000, 100_000], "n_fid": [50, 100, 200]})
+CUDA = CPU | dict(
+    repeats=9, least=0.5, sizes=[32, 64], matmul=8192, images=256, paths=400_000,
+    growth_preset="paper", growth={"size": [16, 32, 64, 128], "batch": [16, 64, 256, 1024],
+            "n_train": [10_000, 100_000, 1_000_000], "n_fid": [1_000, 10_000, 50_000]})
+SMOKE = CPU | dict(
+    repeats=2, least=0, window=0.1, models=["wgangp"], presets=["smoke"], jobs=[2], matmul=128,
+    images=2, dims=[64], drawn=64, cars={"eager": {}, "eager pcr": {"arm": "pcr"}}, paths=1_000,
+    growth_preset="smoke", growth={"batch": [4], "n_fid": [2]})
+
+
+class Bench:
+    """What the parts share: settings and device. `rows` are the numbers, `left_out` the reasons."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.rows, self.left_out, self.versions = [], {}, {"scipy": scipy.__version__}
+        self.__dict__ |= SMOKE if args.smoke else CUDA if device.type == "cuda" else CPU
+        self.repeats = args.repeats or self.repeats
+
+    def race(self, cars):
+        """Seconds of each function of {name: fn}, warmed up, in turns -> {name: (repeats,)}."""
+        clock = {"wall": time.perf_counter, "cpu": time.process_time}[self.args.clock]
+
+        def seconds(fn, calls=1):
+            synchronize(self.device)
+            start = clock()
+            for _ in range(calls):
+                fn()
+            synchronize(self.device)
+            return max(clock() - start, 1e-9) / calls
+
+        calls = {}
+        for name, fn in cars.items():
+            with self.attempt(name):
+                calls[name] = 1 if seconds(fn) > 1 else max(1, round(self.least / seconds(fn)))
+        turns = [{name: seconds(cars[name], n) for name, n in calls.items()}
+                 for _ in range(self.repeats)]
+        return {name: np.array([turn[name] for turn in turns]) for name in calls}
+
+    @contextlib.contextmanager
+    def attempt(self, name):
+        """Go on without what fails in here, and say why: an engine or a tool may fail anyhow."""
+        try:
+            yield
+        except Exception as error:
+            self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"left out: {name}, {self.left_out[name]}", file=sys.stderr)
+
+    def peers(self, kind, *args):
+        """{tool: function} of those installed, with --peers; imported here and nowhere else."""
+        cars = {}
+        if self.args.peers:
+            import bench_peers
+            for tool, build in getattr(bench_peers, kind).items():
+                with self.attempt(f"{tool}, {kind}"):
+                    cars |= {tool: fn} if (fn := build(*args)) else {}
+                    self.versions[tool] = importlib.metadata.version(tool)
+        return cars
+
+    def row(self, part, name, unit, values, **more):
+        """Keep a number, the median of `values`, and print it with its quartiles."""
+        low, value, high = (float(v) for v in np.percentile(values, [25, 50, 75]))
+        self.rows.append({"part": part, "name": name, "unit": unit, "value": value, "low": low,
+                          "high": high, "repeats": np.size(values), **harness.plain(more)})
+        print(f"{part:8s} {name:48s} {value:9.4g} {unit:12s} {low:9.4g} to {high:<9.4g}", "  ".join(
+            f"{k} {v:.4g}" for k, v in more.items()))
+
+    def rates(self, part, name, unit, amount, cars, more=lambda car, seconds: {}):
+        """Race, and a row for each car: `amount` a second, and its time to the first one's."""
+        times = self.race(cars)
+        for car, t in times.items():
+            ratio = np.median(t / next(iter(times.values())))
+            self.row(part, f"{name} {car}", unit, amount / t, time_ratio=float(ratio),
+                     **more(car, float(np.median(t))))
+        return times
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of convolutions and matrix products inside, a multiply-add as two.
+
+    By the formulas of PyTorch's FlopCounterMode, whose hooks do not stand a gradient penalty.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def configure(model, preset, device, size=32, **changes):
+    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide."""
+    args = natural.flags().parse_args(["--model", model, "--preset", preset, "--size", str(size)])
+    cfg = vars(natural.configure(args, model, "cifar10", device))
+    return argparse.Namespace(**{**cfg, "seed": 0, "arm": "vanilla", "device": str(device),
+                                 "n_train": 10_000, "weights": None, **changes})
+
+
+def make(cfg):
+    """The trainer of a cell. What an update costs does not depend on what the images show."""
+    images = torch.randint(256, (cfg.n_train, cfg.channels, cfg.size, cfg.size), dtype=torch.uint8)
+    trainer = core.Trainer(cfg, images, torch.device(cfg.device), natural.ARMS[cfg.arm])
+    if cfg.engine == "graph":
+        trainer.capture()
+    return trainer
+
+
+def train(b):
+    """Updates of G per second by model, preset, engine and arm; then runs per hour."""
+    a, most = torch.randn(b.matmul, b.matmul, device=b.device), {}
+    flops, cars = 2 * b.matmul ** 3, {"matmul": lambda: a @ a}
+    times = b.rates("train", f"float32, {b.matmul} wide", "FLOP/s", flops, cars)
+    peak = flops / np.median(times["matmul"])
+    for model, preset, size in itertools.product(b.models, b.presets, b.sizes):
+        cell, name = (model, preset, b.device, size), f"{model} {preset}, {size} px,"
+        cfg, cars, flops = configure(*cell), {}, {}
+        for car, changes in b.cars.items():
+            with b.attempt(f"{name} {car}"):
+                cars[car] = make(configure(*cell, **changes)).update
+                if "eager" in car:
+                    with Flops() as counter:
+                        cars[car]()
+                    flops[car] = counter.total
+        cars |= b.peers("TRAIN", make(cfg))
+        times = b.rates("train", name, "G steps/s", 1, cars, lambda car, t, n=cfg.n_dis, f=flops: {
+            "d_steps_per_s": n / t,
+            **({"peak_percent": 100 * f[car] / t / peak} if car in f else {})})
+        for engine, jobs in itertools.product({"eager", "graph"} & times.keys(), b.jobs):
+            share = max(1, harness.cores() // jobs)
+            rows = apart(b, [configure(*cell, engine=engine, arm="pcr", threads=share)] * jobs)
+            hourly = 3600 / cfg.steps * sum(row["rate"] for row in rows)
+            most[model, preset, size] = max(hourly, most.get((model, preset, size), 0))
+            b.row("train", f"{name} {engine} pcr, {jobs} together", "runs/hour", hourly,
+                  mib_each=max(row["mib"] for row in rows))
+    table = {(model, "paper", size): n for model in natural.MODELS for size, n in TABLE.items()}
+    if table.keys() <= most.keys():
+        b.row("train", "Table 1, 54 runs, all with PCR, no scores", "hours",
+              sum(n / most[cell] for cell, n in table.items()))
+
+
+def apart(b, cells):
+    """Run cells at once as a sweep does, a process each -> their {rate, mib, mib_before}."""
+    with tempfile.TemporaryDirectory() as folder:
+        return harness.run_all(busy, [
+            (argparse.Namespace(**vars(cfg), together=len(cells), window=b.window),
+             Path(folder) / str(i)) for i, cfg in enumerate(cells)], max(2, len(cells)), b.device)
+
+
+def busy(cfg, folder):
+    """What each does: train, or score if it has cfg.weights, and time it while all are at it."""
+    torch.set_num_threads(cfg.threads)
+    trainer, device, n = make(cfg), torch.device(cfg.device), 0
+    act, before = trainer.update, peak_mib(device)
+    if cfg.weights:
+        net = fid.load_inception(dims=cfg.dims, weights=cfg.weights, device=device)
+        real = fid.Statistics.of(torch.zeros(cfg.dims), torch.eye(cfg.dims), cfg.n_fid)
+
+        def act():
+            fakes = core.generate(trainer.G, cfg.n_fid, cfg.z_dim)
+            fid.score(net, real, None, fakes, with_kid=False)
+
+    act()
+    folder.mkdir()
+    (folder / "warm").touch()
+    while len(list(folder.parent.glob("*/warm"))) < cfg.together:
+        act()
+    synchronize(device)
+    start = time.perf_counter()
+    while n < 2 or time.perf_counter() - start < cfg.window:
+        act()
+        n += 1
+        if n % 10 == 0 or device.type == "cpu":
+            synchronize(device)
+    synchronize(device)
+    harness.write_json(folder / "row.json", {"rate": n / (time.perf_counter() - start),
+                                             "mib": peak_mib(device), "mib_before": before})
+
+
+def peak_mib(device):
+    """Most memory this process has had, in MiB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+
+
+# ------------------------------------------------------------------------------------------ FID
+
+
+def weights_file(data_dir, folder):
+    """The Inception weights in `data_dir`, or random ones, as fast, as any tool wants them."""
+    found = sorted((data_dir / "inception").glob("*2015*.pth"))
+    state = torch.load(found[0], weights_only=True) if found else fid.Inception().state_dict()
+    state = {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    torch.save(state, Path(folder) / "weights.pth")
+    return Path(folder) / "weights.pth"
+
+
+def frechet(b):
+    """Images per second of the FID network, by width and precision; then the distance."""
+    x, pays = torch.randint(256, (b.images, 3, 32, 32), dtype=torch.uint8).to(b.device), True
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        weights = weights_file(b.args.data_dir, folder)
+        for dims in b.dims:
+            net = fid.load_inception(dims=dims, weights=weights, device=b.device)
+            plain = torch.nn.Sequential(*copy.deepcopy(net).children())
+            plain.to(memory_format=torch.contiguous_format)
+            bf16 = torch.autocast(b.device.type, torch.bfloat16)
+            cars = {"fid.py": lambda net=net: net(x), "default memory format":
+                    lambda net=plain: net(fid.resized(x, "pytorch-fid"))}
+            if pays:    # no matter how slow, but not again
+                cars["bf16 autocast"] = bf16(lambda net=net: net(x))
+            times = b.rates("fid", f"{dims} features,", "images/s", len(x), {
+                **cars, **(b.peers("FEATURES", weights, x) if dims == 2048 else {})})
+            pays = bool((times.get("bf16 autocast", np.inf) < times["fid.py"]).mean() > 0.5)
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    flags = [f"--{name}" for name in ("peers", "smoke") if getattr(b.args, name)]
+    done = subprocess.run(      # libraries learn that there is one thread before they start
+        [sys.executable, __file__, "distance", "--json", "--clock", b.args.clock, "--repeats",
+         str(min(b.repeats, 3)), *flags], env={**os.environ, **one}, check=True,
+        stdout=subprocess.PIPE)
+    found = json.loads(done.stdout)
+    b.rows += found["rows"]
+    b.left_out |= found["left_out"]
+
+
+def distance(b):
+    """Seconds of the distance between two sets of random features, and what comes out."""
+    dims, gen, sides, found = b.dims[-1], harness.generator(0, "cpu"), [], {}
+    mix = torch.randn(dims, dims, generator=gen) / dims ** 0.5
+    for _ in range(2):
+        stats = fid.Statistics(dims)
+        stats.add((torch.randn(2 * dims, dims, generator=gen) @ mix).relu())
+        sides += [stats.mean, stats.cov]
+    mu1, cov1, mu2, cov2 = arrays = [side.numpy() for side in sides]
+
+    def textbook():
+        root = scipy.linalg.sqrtm(cov1 @ cov2).real
+        return ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
+
+    cars = {"fid.py": lambda: fid.frechet_distance(*sides), "scipy sqrtm": textbook,
+            **b.peers("DISTANCE", arrays, sides)}
+    times = b.race({name: lambda name=name, fn=fn: found.update({name: float(fn())})
+                    for name, fn in cars.items()})
+    for name, t in times.items():
+        b.row("fid", f"distance of {dims} features, one thread, {name}", "s", t, time_ratio=float(
+            np.median(t / times["fid.py"])), distance=found[name])
+
+
+# ------------------------------------------------------------- counters, theory, growth of cost
+
+
+def counters(b):
+    """Images per second of the counters, for a batch and for many, and of drawing on the CPU."""
+    images = core.to_float(geometry.draw(b.drawn, 2).to(b.device))
+    for n in (64, b.drawn):
+        b.rates("geometry", f"{n} images,", "images/s", n, {
+            "count": lambda x=images[:n]: geometry.count(x),
+            "count_exact": lambda x=images[:n]: geometry.count_exact(x),
+            "draw": lambda n=n: geometry.draw(n, 2)})
+
+
+def theory(b):
+    """Simulated iterations per second, of all paths together."""
+    b.rates("theory", f"{b.paths} paths,", "iterations/s", b.paths * 200, {
+        m.__name__: lambda m=m: theory_sde.simulate(
+            m(0.05, 0.05), [200], b.paths, lambda n: torch.randn(1, n, device=b.device),
+            device=b.device)
+        for m in (theory_sde.sgd, theory_sde.optimistic)})
+
+
+def growth(b):
+    """Seconds and memory of an iteration of WGAN-GP against pixels, batch and training images, and
+    of a score against n_fid: a process each, as a peak never falls."""
+    with tempfile.TemporaryDirectory() as folder:
+        score = {"weights": weights_file(b.args.data_dir, folder), "dims": b.dims[-1]}
+        for what, value in ((what, v) for what, values in b.growth.items() for v in values):
+            row, = apart(b, [configure(
+                "wgangp", b.growth_preset, b.device, threads=torch.get_num_threads(),
+                **{what: value}, **(score if what == "n_fid" else {}))])
+            b.row("growth", f"{what} {value}", "s", 1 / row.pop("rate"), **row)
+
+
+# ------------------------------------------------------------------------------------------ run
+
+PARTS = {"train": train, "fid": frechet, "geometry": counters, "theory": theory, "growth": growth}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", nargs="?", choices=[*PARTS, "distance"],
+                   help="default: all; distance is a part of fid, in a process of its own")
+    p.add_argument("--peers", action="store_true", help="other tools too, where installed")
+    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    p.add_argument("--smoke", action="store_true", help="seconds: to see that everything works")
+    p.add_argument("--repeats", type=int, help="timings of each; default 5, on a GPU 9")
+    p.add_argument("--threads", type=int, help="of one run at a time; default PyTorch's choice")
+    p.add_argument("--clock", choices=["wall", "cpu"], default="wall",
+                   help="cpu: processor time, for a busy machine and one thread (%(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--data-dir", type=Path, default=data.DATA_DIR, help="may hold FID's weights")
+    args = p.parse_args(argv)
+    device, start, load = harness.pick_device(args.device), time.time(), os.getloadavg()
+    if min(args.repeats or 1, args.threads or 1) < 1:
+        raise harness.UserError("--repeats and --threads: must be at least 1")
+    if args.clock == "cpu" and device.type == "cuda":
+        raise harness.UserError("--clock cpu: sees nothing of a GPU; take --clock wall")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    b, cpuinfo = Bench(args, device), Path("/proc/cpuinfo")
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        for part in [args.part] if args.part else PARTS:
+            distance(b) if part == "distance" else PARTS[part](b)
+    chip = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    result = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": chip[1] if chip else platform.processor(), "cores": harness.cores(),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "load": load[0],
+        "threads": torch.get_num_threads(), "repeats": b.repeats, "clock": args.clock,
+        "seconds": time.time() - start, "versions": {**harness.versions(), **b.versions},
+        "rows": b.rows, "left_out": b.left_out}
+    print(json.dumps(result) if args.json else "\n".join(
+        f"{k}: {v}" for k, v in result.items() if k != "rows"))
+    return result
+
+
+if __name__ == "__main__":
+    harness.cli(main)

@@ -1,0 +1,138 @@
+"""The tools that `bench.py --peers` times beside this one, each called as its users call it.
+
+A builder imports its tool and returns the function to time, None if the tool cannot do that. They
+want torchvision; where pip has no CPU build of it, `pip install --no-deps torchvision` gives the
+network definitions, which is all that is timed. Weights are handed over, never downloaded.
+"""
+import copy
+
+import torch
+
+import core
+
+# ------------------------------------------------------------------- an iteration: n_dis D, one G
+
+
+def copies(trainer):
+    """G, D and Adams as a user of another tool has them, a batch of real images, and cfg.
+
+    PyTorch's LeakyReLU, the default memory format, Adam as it comes, and always the same batch,
+    already in place.
+    """
+    cfg, nets = trainer.cfg, [copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+                              for net in (trainer.G, trainer.D)]
+    for net in nets:
+        for i, layer in enumerate(net):
+            if isinstance(layer, getattr(core, "LeakyReLU", ())):
+                net[i] = torch.nn.LeakyReLU(0.2)
+    opts = [torch.optim.Adam(net.parameters(), lr, (cfg.beta1, cfg.beta2))
+            for net, lr in zip(nets, (cfg.lr_g, cfg.lr_d))]
+    return *nets, *opts, trainer.real().contiguous(), cfg
+
+
+def torchgan(trainer):
+    """It has no hinge loss, and takes the penalty in an optimizer step of its own."""
+    from torchgan import losses
+    kinds = {"wgan": (losses.WassersteinGeneratorLoss, losses.WassersteinDiscriminatorLoss,
+                      losses.WassersteinGradientPenalty),
+             "lsgan": (losses.LeastSquaresGeneratorLoss, losses.LeastSquaresDiscriminatorLoss)}
+    G, D, opt_g, opt_d, x_real, cfg = copies(trainer)
+    if cfg.loss not in kinds:
+        return None
+    on_g, *on_d = [kind() for kind in kinds[cfg.loss]]
+    G.encoding_dims, G.label_type, D.label_type = cfg.z_dim, "none", "none"
+
+    def update():
+        for loss in on_d * cfg.n_dis:
+            loss.train_ops(G, D, opt_d, x_real, x_real.device)
+        on_g.train_ops(G, D, opt_g, x_real.device, len(x_real))
+    return update
+
+
+def mimicry(trainer):
+    """It has no least-squares loss."""
+    from torch_mimicry.nets.gan import gan
+    from torch_mimicry.nets.wgan_gp import wgan_gp_base as wgan
+    from torch_mimicry.training.metric_log import MetricLog
+    kinds = {"wgan": (wgan.WGANGPBaseGenerator, wgan.WGANGPBaseDiscriminator, "wasserstein"),
+             "hinge": (gan.BaseGenerator, gan.BaseDiscriminator, "hinge")}
+    G, D, opt_g, opt_d, x_real, cfg = copies(trainer)
+    if cfg.loss not in kinds:
+        return None
+    for net, base in zip((G, D), kinds[cfg.loss]):      # our layers, its training step
+        net.__class__ = type("Hosted", (type(net), base), {})
+        net.nz, net.gp_scale, net.loss_type = cfg.z_dim, cfg.gp_weight, kinds[cfg.loss][2]
+    batch, log = (x_real, None), MetricLog()
+
+    def update():
+        for _ in range(cfg.n_dis):
+            D.train_step(batch, G, opt_d, log, x_real.device)
+        G.train_step(batch, D, opt_g, log, x_real.device)
+    return update
+
+
+# ------------------------------------------------- features: uint8 (B, 3, H, W) -> floats (B, 2048)
+
+
+def pytorch_fid(weights, x):
+    from pytorch_fid import inception
+    inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
+    net = inception.InceptionV3([3]).eval().to(x.device)
+    return lambda: net(x / 255)[0].flatten(1)
+
+
+def torch_fidelity(weights, x):
+    from torch_fidelity import FeatureExtractorInceptionV3
+    net = FeatureExtractorInceptionV3("2015", ["2048"], str(weights)).to(x.device)
+    return lambda: net(x)[0]
+
+
+def torchmetrics(weights, x):
+    from torchmetrics.image.fid import NoTrainInceptionV3
+    net = NoTrainInceptionV3("2015", ["2048"], str(weights)).to(x.device)
+    return lambda: net(x)
+
+
+def clean_fid(weights, x):
+    """With its resizing, image by image. The form of the network that needs no other download."""
+    from cleanfid import inception_pytorch, resize
+    inception_pytorch.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
+    net = inception_pytorch.InceptionV3([3], resize_input=False).eval().to(x.device)
+    resizer = resize.build_resizer("clean")
+
+    def run():
+        big = [torch.tensor(resizer(image).transpose(2, 0, 1))      # in the default memory format
+               for image in x.permute(0, 2, 3, 1).cpu().numpy()]
+        return net(torch.stack(big).to(x.device) / 255)[0].flatten(1)
+    return run
+
+
+# ------------------------------------------- distance of (mu1, cov1, mu2, cov2): arrays, or tensors
+
+
+def pytorch_fid_distance(arrays, tensors):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    return lambda: calculate_frechet_distance(*arrays)
+
+
+def clean_fid_distance(arrays, tensors):
+    from cleanfid.fid import frechet_distance
+    return lambda: frechet_distance(*arrays)
+
+
+def torch_fidelity_distance(arrays, tensors):
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    one, two = ({"mu": mu, "sigma": cov} for mu, cov in (arrays[:2], arrays[2:]))
+    return lambda: fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID]
+
+
+def torchmetrics_distance(arrays, tensors):
+    from torchmetrics.image.fid import _compute_fid
+    return lambda: _compute_fid(*tensors)
+
+
+TRAIN = {"torchgan": torchgan, "torch-mimicry": mimicry}
+FEATURES = {"pytorch-fid": pytorch_fid, "torch-fidelity": torch_fidelity,
+            "torchmetrics": torchmetrics, "clean-fid": clean_fid}
+DISTANCE = {"pytorch-fid": pytorch_fid_distance, "clean-fid": clean_fid_distance,
+            "torch-fidelity": torch_fidelity_distance, "torchmetrics": torchmetrics_distance}
