@@ -182,14 +182,16 @@ PHOTOS = {
         beta2=0.9, z_dim=128, width=64, base=4, comb_weight=0.5, gp_comb=False, flip=False,
         lr_decay=False, ema_beta=0.0, n_train=10_000, n_search=None, n_query=1000, n_view=1000,
         n_fid=5000, n_real=None, dims=2048, checks=20, log_every=100),
-    # DEVIATION: sized for two cores: half the width and batch, larger steps, few of them; the
+    # DEVIATION: sized for two cores: half the width, small batches, larger steps, few of them; the
     # distance of shallower features, so that it has full rank with few images.
-    "cpu": dict(batch=32, width=32, n_dis=1, lr_g=5e-4, lr_d=5e-4, n_query=200, n_view=200,
+    "cpu": dict(batch=8, width=32, n_dis=1, lr_g=5e-4, lr_d=5e-4, n_query=200, n_view=200,
                 n_fid=256, n_real=1000, dims=192, checks=10, log_every=20),
     "smoke": dict(jobs=1, steps=4, d_steps=None, n_dis=1, batch=8, width=8, z_dim=16,
                   n_query=4, n_view=8, n_fid=8, n_real=32, checks=2, log_every=2),
 }
-CPU = {32: dict(steps=800), 64: dict(width=16, steps=600)}  # by pixels
+# By pixels. Small batches, because on two cores they draw faces after as many images as large ones
+# need for blots.
+CPU = {32: dict(steps=2400), 64: dict(width=16, steps=2400)}
 VIEWS = {  # what D is shown, in the same way
     "real": ("training", "#009E73", "-"), "heldout": ("held-out", "#56B4E9", (0, (5, 1))),
     "average": ("average", "#D55E00", "--"), "permuted": ("permuted", "#0072B2", "-."),

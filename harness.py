@@ -230,9 +230,9 @@ def write_result(folder, script, cfg, device, start, rows, paper):
     result = plain({"script": script, "preset": cfg.preset,
                     "seconds": round(time.time() - start, 1),
                     "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
-                    **versions(), "data": sorted({read_json(p)["flags"].get("data_hash") or "" for
-                                                  p in folder.glob("*/config.json")}),
-                    "rows": rows, "paper": paper, "config": cfg})
+                    **versions(), "data": sorted({
+                        read_json(p)["flags"].get("data_hash", "") for p in
+                        folder.glob("*/config.json")} - {""}), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
     return result
 
