@@ -227,12 +227,12 @@ def write_result(folder, script, cfg, device, start, rows, paper):
     """result.json: what was measured since `start`, the paper's numbers, what was asked for, and
     what it was made with: versions, commit, hashes of the training images."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    hashes = {read_json(p)["flags"].get("data_hash", "") for p in folder.glob("*/config.json")}
     result = plain({"script": script, "preset": cfg.preset,
                     "seconds": round(time.time() - start, 1),
                     "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
-                    **versions(), "data": sorted({
-                        read_json(p)["flags"].get("data_hash", "") for p in
-                        folder.glob("*/config.json")} - {""}), "rows": rows, "paper": paper, "config": cfg})
+                    **versions(), "data": sorted(hashes - {""}), "rows": rows, "paper": paper,
+                    "config": cfg})
     write_json(folder / "result.json", result)
     return result
 
