@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -219,7 +220,8 @@ def busy(cfg, folder):
     act()
     folder.mkdir()
     (folder / "warm").touch()
-    while len(list(folder.parent.glob("*/warm"))) < cfg.together:
+    wait = time.perf_counter() + 300    # one that died in its warm-up must not keep the others
+    while len(list(folder.parent.glob("*/warm"))) < cfg.together and time.perf_counter() < wait:
         act()
     synchronize(device)
     start = time.perf_counter()
@@ -237,7 +239,8 @@ def peak_mib(device):
     """Most memory this process has had, in MiB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # kB on Linux, bytes on a Mac
+    return most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 # ------------------------------------------------------------------------------------------ FID

@@ -147,7 +147,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size()
         sums = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
         mean, square = all_reduce(sums) / world         # differentiable
-        var, n = square - mean ** 2, x.numel() // x.shape[1] * world
+        var, n = (square - mean ** 2).clamp(min=0), x.numel() // x.shape[1] * world
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -450,6 +450,14 @@ class Trainer:
         """The part of a whole batch (B, ...) that this process works on."""
         size = len(x) // self.world
         return x[self.rank * size:(self.rank + 1) * size]
+
+    def agree(self, caught):
+        """The first signal that any of the processes caught, 0 for none: all stop together."""
+        if self.world == 1:
+            return caught[0] if caught else 0
+        first = torch.tensor(caught[:1] or [0])
+        dist.all_reduce(first, dist.ReduceOp.MAX)
+        return int(first)
 
     def average(self, tensors):
         """Replace each tensor by its mean over the processes."""

@@ -103,7 +103,7 @@ def train(cfg, folder):
 
     def combine(trainer, x_real):
         index = torch.randint(2, (cfg.batch,), generator=trainer.gen, device=device)
-        return trainer.images(trainer.shard(index), negatives)
+        return trainer.shard(trainer.images(index, negatives))
 
     trainer = core.Trainer(cfg, images, device, combine=combine if ARMS[cfg.arm] else None)
     harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
@@ -447,7 +447,8 @@ def controls(cfg, folder):
 
 def run_photos(cfg, folder):
     if cfg.arm == "controls":
-        controls(cfg, folder)
+        if not (cfg.data_parallel and harness.join()):
+            controls(cfg, folder)
     else:
         evaluate_photos(cfg, folder, *train_photos(cfg, folder))
 

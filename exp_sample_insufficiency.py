@@ -199,9 +199,10 @@ def run_geometry(cfg, folder):
                        for r in checks])
     late = changed[-max(len(changed) // 3, 1):] or [math.nan]
     curve = [[r["step"], r["d_steps"] * cfg.batch, r["correct"], r["correct_exact"],
-              r["assignment_distance"], c] for r, c in zip(checks, [1.0, *changed])]
+              r["assignment_distance"], c] for r, c in zip(checks, [None, *changed])]
     harness.write_json(folder / "row.json", [{
         "arm": cfg.arm, "batch": cfg.batch, "seed": cfg.seed, "steps": cfg.steps,
+        "updates_per_check": cfg.eval_every,
         "images_seen": cfg.d_steps * cfg.batch, "n": len(images),
         **{f"{k}_var": float(np.var([r[k] for r in last]))
            for k in ("d_loss", "g_loss", "d_grad", "g_grad")},
@@ -347,7 +348,7 @@ def run_name(row):
 def lines(ax, rows, arms, x, y, title, label):
     """Mean and range over seeds of one entry of the curves against another, an arm a line."""
     for arm in arms:
-        curves = [([p[x] / (1, 1000)[x] for p in r["curve"]], [p[y] for p in r["curve"]])
+        curves = [list(zip(*[(p[x] / (1, 1000)[x], p[y]) for p in r["curve"][y == 5:]]))
                   for r in rows if r["arm"] == arm]
         colour, dash = LOOK[arm]
         harness.band(ax, curves, arm, color=colour, ls=dash, lw=1.6)
@@ -374,6 +375,9 @@ def against_batch(ax, rows, key, label):
 
 def film(folder, row, n_codes=4, n_checks=16):
     """The images of some codes (rows) through training (columns), red frames if not two."""
+    if not (folder / run_name(row) / "images").is_dir():
+        raise harness.UserError(f"{folder}: the runs' own folders are not in it; draw from the "
+                                "whole run folder")
     files = sorted((folder / run_name(row) / "images").glob("*.npy"))
     files = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(n_checks, len(files)))]
     x = torch.stack([torch.from_numpy(np.load(f)[:n_codes]) for f in files], 1).flatten(0, 1)
@@ -403,13 +407,15 @@ def plot_geometry(folder, rows):
                    fontsize=9)
     for ax, key, label in zip(noise.subplots(1, 3), ("d_loss", "g_grad", "gap"), (
             "loss of D", "gradient norm of G", "critic gap, real - fake")):
+        limits = []
         for row in reversed(shown):
             steps = [r for r in harness.read_rows(folder / run_name(row) / "metrics.jsonl")
                      if "d_loss" in r]
             y = [r["d_real"] - r["d_fake"] if key == "gap" else r[key] for r in steps]
             ax.plot([r["d_steps"] * row["batch"] / 1000 for r in steps], y, lw=0.5,
                     color=LOOK[row["arm"]][0], label=f"{row['arm']}, batch {row['batch']}")
-            ax.set_ylim(*np.quantile(y, [0.002, 0.998]) + np.array([-0.1, 0.1]) * np.std(y))
+            limits += [*np.quantile(y, [0.002, 0.998])]
+            ax.set_ylim(min(limits) - 0.1 * np.std(y), max(limits) + 0.1 * np.std(y))
         ax.set(xlabel="images seen, thousands", ylabel=label)
     noise.axes[0].legend(frameon=False, fontsize=8)
     top = curves.subplots(1, 3)
@@ -427,7 +433,8 @@ def plot_geometry(folder, rows):
             ("correct", "share correct"), ("assignment_distance", "distance to the images")]):
         against_batch(ax, rows, key, label)
     bottom[0].set_yscale("log")
-    sizes.suptitle(f"Last third of training, after equally many images ({n} seeds)", fontsize=9)
+    sizes.suptitle(f"The first two over the last third of training, the others at its end; {n} "
+                   f"seed{'s' * (n > 1)}", fontsize=9)
     return fig
 
 
@@ -506,7 +513,8 @@ def main(argv=None):
         if cfg.dataset == "geometry":
             core.check_batch(cfg, geometry.draw(cfg.n_train, 2, cfg.size, cfg.size // 4))
     if base.dataset != "geometry":
-        note = fid.rank_note(min(base.n_fid, prepare(cells[-1])[2]["n_real"]), base.dims)
+        largest = max(cells, key=lambda cfg: cfg.batch)
+        note = fid.rank_note(min(base.n_fid, prepare(largest)[2]["n_real"]), base.dims)
         print(note or f"scored by {base.n_fid} fakes")
     name = args.name or f"{Path(base.dataset).stem}-{base.preset}"
     folder = harness.open_run(args.outdir / Path(__file__).stem / name, base, args.resume,

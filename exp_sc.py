@@ -79,7 +79,7 @@ def hooks(cfg, pool):
     def combine(trainer, x_real):
         index = torch.randint(len(pool), (cfg.batch,), generator=trainer.gen,
                               device=trainer.device)
-        return trainer.images(trainer.shard(index), pool)
+        return trainer.shard(trainer.images(index, pool))
 
     def discard(trainer, x_fake):
         # UNSPECIFIED: how strict the counting algorithm is. The tolerant one cures sooner; the

@@ -17,6 +17,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -80,6 +81,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # `meta` has no numbers
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where a CUDA graph is captured
     except (RuntimeError, AssertionError, ValueError):
         raise UserError(f"--device {name}: not on this machine; try --device cpu") from None
     return device
@@ -203,6 +206,8 @@ def open_run(folder, cfg, resume, sweep=False):
             raise UserError(f"{folder} was made with another configuration, so choose another "
                             f"--name: {differ}")
     hold(folder)
+    for old in folder.glob(".*.tmp*"):  # what a kill left half written
+        old.unlink(missing_ok=True)
     write_json(path, {"flags": cfg, "command": sys.argv, "host": platform.machine(),
                       "threads": torch.get_num_threads(), **versions()})
     if sweep and dist.is_initialized():
@@ -227,12 +232,13 @@ def write_result(folder, script, cfg, device, start, rows, paper):
     """result.json: what was measured since `start`, the paper's numbers, what was asked for, and
     what it was made with: versions, commit, hashes of the training images."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    hashes = {read_json(p)["flags"].get("data_hash", "") for p in folder.glob("*/config.json")}
+    made = [read_json(p) for p in (folder / "config.json", *folder.glob("*/config.json"))]
+    hashes = {run["flags"].get("data_hash", "") for run in made}
     result = plain({"script": script, "preset": cfg.preset,
                     "seconds": round(time.time() - start, 1),
                     "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
-                    **versions(), "data": sorted(hashes - {""}), "rows": rows, "paper": paper,
-                    "config": cfg})
+                    **versions(), "git": sorted({run["git"] or "" for run in made}),
+                    "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
     return result
 
@@ -250,11 +256,15 @@ def read_result(folder, script):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that the first SIGINT and SIGTERM are put into; a repeated one stops at once."""
+    """Yield a list that SIGINT and SIGTERM are put into; the third of a kind stops at once.
+
+    Not the second: a process of a group may get one from the group's sender and one from its
+    parent.
+    """
     caught = []
 
     def handle(number, frame):
-        if number in caught:
+        if caught.count(number) > 1:
             sys.exit(128 + number)
         caught.append(number)
 
@@ -277,16 +287,24 @@ def run_all(run, cells, jobs, device):
     """
     rank, together = join(), vars(cells[0][0]).get("data_parallel")
     world = dist.get_world_size() if dist.is_initialized() else 1
-    jobs = jobs or (1 if device.type == "cuda" else
-                    max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    jobs = jobs or (1 if device.type == "cuda" else min(len(cells), max(
+        1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
     waiting = [c for c in cells if not (c[1] / "row.json").exists()]
     if world > 1:
         dist.barrier()  # before any is done, so that all share out the same cells
         jobs, waiting = (1, waiting) if together else (jobs, waiting[rank::world])
     running, failed, told = [], [], False
     while jobs == 1 and waiting:
-        with contextlib.suppress(Follower):
-            run(*waiting.pop(0))
+        cfg, folder = waiting.pop(0)
+        try:
+            run(cfg, folder)
+        except Follower:
+            pass
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            if together:
+                raise
+            print(f"{folder.name}: {error}", file=sys.stderr)
+            failed.append(folder.name)
     spawn = multiprocessing.get_context("spawn")
     with stop_signals() as caught:
         while running or (waiting and not caught):
@@ -304,10 +322,11 @@ def run_all(run, cells, jobs, device):
             running = [p for p in running if p.exitcode is None]
     if caught:
         sys.exit(128 + caught[0])
+    if world > 1:
+        dist.barrier()  # a failure here must not end what others are at
     if failed:
         raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
     if rank:
         sys.exit(0)
@@ -329,6 +348,9 @@ def cores():
 def run_alone(run, cfg, folder):
     """What one process of run_all does."""
     os.environ["WORLD_SIZE"] = "1"  # the share is given out already
+    parent = multiprocessing.parent_process()
+    threading.Thread(daemon=True, target=lambda: (  # killed without a word: save and stop
+        parent.join(), os.kill(os.getpid(), signal.SIGTERM))).start()
     torch.set_num_threads(max(1, cores() // cfg.jobs))
     cli(lambda: run(cfg, folder))
 
@@ -371,8 +393,10 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
         log[:len(state["log"])] = state["log"].to(log)
     if trainer.rank:
         with stop_signals() as caught:
-            while trainer.step < cfg.steps and not caught:
+            while trainer.step < cfg.steps:
                 trainer.update()
+                if stop := trainer.agree(caught):
+                    sys.exit(128 + stop)
         raise Follower
     rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
     with atomic(metrics) as tmp:
@@ -401,10 +425,10 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
             total=cfg.steps, initial=first, desc=folder.name, unit="step", leave=False,
             disable=cfg.jobs not in (None, 1) or None, smoothing=0.1) as bar:
         while trainer.step < cfg.steps:
-            metrics_now = trainer.update()
-            log[(trainer.step - 1) % cfg.log_every] = metrics_now
+            log[(trainer.step - 1) % cfg.log_every] = trainer.update()
             bar.update()
-            if not (caught or any(due(getattr(cfg, f"{what}_every"))
+            stop = trainer.agree(caught)
+            if not (stop or any(due(getattr(cfg, f"{what}_every"))
                                   for what in ("log", "eval", "sample", "ckpt"))):
                 continue
             if not folder.is_dir():
@@ -433,10 +457,12 @@ def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
                     save(folder / "best.pt")
             if due(cfg.sample_every):
                 save_grid(trainer.shown(), folder / "samples" / f"{trainer.step:07d}.png")
-            if caught or due(cfg.ckpt_every):
+            if trainer.world == 1:
+                stop = trainer.agree(caught)            # while it was scoring, too
+            if stop or due(cfg.ckpt_every):
                 save(ckpt)
-            if caught:
-                raise SystemExit(128 + caught[0])
+            if stop:
+                sys.exit(128 + stop)
 
 
 def show(bar, name, trainer, row, scores, rate):

@@ -2,6 +2,7 @@
 GAN_DATA names a folder that holds them, and are skipped elsewhere."""
 import argparse
 import contextlib
+import errno
 import http.client
 import importlib.util
 import io
@@ -1389,6 +1390,10 @@ def test_runs_side_by_side(tmp_path):
     with pytest.raises(UserError, match="failed.*: d; --resume"):
         harness.run_all(one_run, bad, 2, torch.device("cpu"))
     assert (tmp_path / "e" / "row.json").exists()
+    bad = [(argparse.Namespace(fails=f), tmp_path / n) for f, n in ((True, "f"), (False, "g"))]
+    with pytest.raises(UserError, match="failed.*: f; --resume"):       # one after the other too
+        harness.run_all(one_run, bad, 1, torch.device("cpu"))
+    assert (tmp_path / "g" / "row.json").exists()
 
 
 # ------------------------------------------------------- exp_pixel_combination.py, photographs
@@ -2076,19 +2081,19 @@ def finished(folder):
             (folder / "metrics.jsonl").read_text(), state["step"])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks after importing torch")
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
     assert zygote(tmp_path / "whole", LONG) == 0
     weights, metrics, _ = finished(tmp_path / "whole")
     rng, kills, inside, cut = np.random.default_rng(0), 0, 0, tmp_path / "cut"
-    orders = [{"kill_after": t} for t in rng.uniform(0.02, 0.35, 12)]
-    orders += [{"kill_in_write": int(n)} for n in rng.integers(1, 6, 12)]
-    rng.shuffle(orders)
-    for order in orders:
-        code = zygote(cut, LONG, **order)
+    for i in range(100):                                        # a fast machine takes more tries
+        code = zygote(cut, LONG, **({"kill_after": rng.uniform(0.02, 0.35)} if i % 2 else
+                                    {"kill_in_write": int(rng.integers(1, 6))}))
         assert code in (-signal.SIGKILL, 0)
         kills += code != 0
-        inside += code != 0 and "kill_in_write" in order
+        inside += code != 0 and any(f.name.startswith(".ckpt.pt") for f in cut.iterdir())
+        if kills >= 22 and inside >= 3:
+            break
         if (cut / "ckpt.pt").exists():
             assert 1 <= harness.read_checkpoint(cut / "ckpt.pt")["step"] <= 60     # always whole
         if code == 0:                                                           # again from nothing
@@ -2097,10 +2102,11 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
     again, rows, step = finished(cut)
     assert step == 60 and rows == metrics
     assert all(torch.equal(again[k], weights[k]) for k in weights)
-    assert kills >= 20 and inside >= 5
+    assert kills >= 20 and inside >= 3
+    assert not list(cut.glob(".*.tmp*"))                        # nor does a kill leave anything
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks after importing torch")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_first(tmp_path, zygote, number, code):
     long = {**LONG, "steps": 5000, "ckpt_every": 5000}
@@ -2133,6 +2139,24 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(small_disk, capsy
     assert stopped.value.code == 2 and "No space left" in error and error.count("\n") == 1
     assert (small_disk / "run" / "ckpt.pt").read_bytes() == before
     assert not list((small_disk / "run").glob(".*.tmp*"))
+
+
+def test_a_full_disk_without_a_disk(tmp_path, monkeypatch, capsys):
+    trainer = core.Trainer(config(steps=9), tiny_data(), torch.device("cpu"))
+    folder, write = harness.open_run(tmp_path / "run", trainer.cfg, False), Path.write_bytes
+
+    def full(path, content):
+        if path.name.startswith(".ckpt") and trainer.step > 3:
+            write(path, bytes(content)[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as stopped:
+        harness.cli(lambda: harness.fit(trainer, folder))
+    assert stopped.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert harness.read_checkpoint(folder / "ckpt.pt")["step"] == 3
+    assert not list(folder.glob(".*.tmp*"))
 
 
 def test_a_read_only_folder_is_one_line(small_disk, capsys):
