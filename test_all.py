@@ -2043,7 +2043,9 @@ for line in sys.stdin:
         while order.get("signal") and not (os.path.exists(log) and os.path.getsize(log)):
             time.sleep(0.01)
         time.sleep(order["kill_after"])
-        os.kill(child, order.get("signal", signal.SIGKILL))
+        for _ in range(order.get("times", 1)):
+            os.kill(child, order.get("signal", signal.SIGKILL))
+            time.sleep(0.02)
     if order.get("kill_in_write") is not None:                  # while a checkpoint is half written
         seen, end = 0, time.time() + 60
         while seen < order["kill_in_write"] and time.time() < end:
@@ -2110,7 +2112,8 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path, zygote):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_first(tmp_path, zygote, number, code):
     long = {**LONG, "steps": 5000, "ckpt_every": 5000}
-    assert zygote(tmp_path / "run", long, kill_after=0.1, signal=number) == code
+    # Twice, as a process of a group gets it from the group's sender and from its parent.
+    assert zygote(tmp_path / "run", long, kill_after=0.1, signal=number, times=2) == code
     assert 0 < harness.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] < 5000
 
 
@@ -2206,6 +2209,34 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="ckpt.pt is no checkpoint|damaged"):
         fit(tmp_path / "a", steps=3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks and process groups of Linux")
+def test_runs_whose_parent_was_killed_save_and_let_go(tmp_path):
+    sweep = tmp_path / "exp_pixel_combination" / "geometry-smoke"
+    runs = [sweep / "vanilla-s0", sweep / "pcr-s0"]
+    parent = subprocess.Popen(
+        [sys.executable, "exp_pixel_combination.py", "--smoke", "--seeds", "0", "--jobs", "2",
+         "--steps", "100000", "--log-every", "1", "--eval-every", "100000", "--ckpt-every",
+         "100000", "--sample-every", "100000", "--outdir", str(tmp_path)], cwd=HERE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    end = time.time() + 120
+    while not all((r / "metrics.jsonl").exists() and (r / "metrics.jsonl").stat().st_size
+                  for r in runs):
+        assert time.time() < end and parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    while not all((r / "ckpt.pt").exists() for r in runs):
+        assert time.time() < end
+        time.sleep(0.1)
+    for run in runs:
+        while True:
+            try:
+                harness.hold(run)
+                break
+            except UserError:
+                assert time.time() < end
+                time.sleep(0.1)
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
