@@ -52,6 +52,7 @@ import theory_sde as th
 from harness import UserError
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)        # networks this small only wait for a second one
 
 
 @pytest.fixture
