@@ -318,8 +318,9 @@ def run_all(run, cells, jobs, device):
                 told = True
                 for process in running:
                     process.terminate()
-            failed += [p.name for p in running if p.exitcode]
-            running = [p for p in running if p.exitcode is None]
+            ended = [p for p in running if p.exitcode is not None]  # asked once: it may change
+            failed += [p.name for p in ended if p.exitcode]
+            running = [p for p in running if p not in ended]
     if caught:
         sys.exit(128 + caught[0])
     if world > 1:
