@@ -132,7 +132,8 @@ def norm_layer(kind, channels):
 
 class LeakyReLU(nn.Module):
     """Slope 0.2 below 0, as a constant factor. PyTorch's own layer makes the second derivative of a
-    gradient penalty send zeros through all of D, a sixth of the arithmetic of D's update."""
+    gradient penalty send zeros through all of D, a sixth of the arithmetic of D's update; without a
+    penalty PyTorch's is the faster one."""
 
     def forward(self, x):
         return x * torch.where(x > 0, 1.0, 0.2)
@@ -176,7 +177,8 @@ class Attention(nn.Module):
         return x + self.gain * self.out(out)
 
 
-def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False):
+def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False,
+               penalty=False):
     """G and D of Radford et al. (2015): one 4x4, stride-2 level per doubling above `base` px.
 
     UNSPECIFIED: the paper's architectures. At 32 px G is 256-128-64 and D 64-128-256 channels,
@@ -184,6 +186,7 @@ def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False
     here: the same pair under spectral norm, with attention at half the image size in both.
     """
     wrap = spectral_norm if sagan else lambda layer: layer
+    leaky = LeakyReLU if penalty else lambda: nn.LeakyReLU(0.2)
     levels = int(math.log2(size // base))
     widths = [width * 2 ** i for i in range(levels)]                    # from the image inwards
     g = [wrap(init(nn.Linear(z_dim, widths[-1] * base ** 2))),
@@ -194,11 +197,11 @@ def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False
               nn.BatchNorm2d(narrow), nn.ReLU()]
     g += [Attention(width)] if sagan else []
     g += [wrap(init(nn.ConvTranspose2d(width, channels, 4, 2, 1))), nn.Tanh()]
-    d = [wrap(init(nn.Conv2d(channels, width, 4, 2, 1), init_d)), LeakyReLU()]
+    d = [wrap(init(nn.Conv2d(channels, width, 4, 2, 1), init_d)), leaky()]
     d += [Attention(width)] if sagan else []
     for narrow, wide in zip(widths[:-1], widths[1:]):
         d += [wrap(init(nn.Conv2d(narrow, wide, 4, 2, 1), init_d)), norm_layer(norm_d, wide),
-              LeakyReLU()]
+              leaky()]
     d += [nn.Flatten(), wrap(init(nn.Linear(widths[-1] * base ** 2, 1), init_d)), nn.Flatten(0)]
     return nn.Sequential(*g), nn.Sequential(*d)
 
@@ -239,8 +242,8 @@ def resnet_pair(size, channels, z_dim, width, norm_d):
 def build(cfg):
     """G: (B, Z) -> (B, C, H, W) in [-1, 1] and D: (B, C, H, W) -> (B,), as cfg describes them.
 
-    Reads model, arch, size, channels, z_dim, width, norm_d, init_d, base. UserError for a size
-    that no pair is defined at.
+    Reads model, arch, size, channels, z_dim, width, norm_d, init_d, base, gp_weight. UserError for
+    a size that no pair is defined at.
     """
     if not 8 <= cfg.size <= 4096 or cfg.size & (cfg.size - 1):
         raise UserError(f"--size {cfg.size}: the networks need a power of two from 8 to 4096")
@@ -251,7 +254,8 @@ def build(cfg):
         if cfg.model != "wgangp":
             raise UserError("--arch resnet goes with --model wgangp")
         return resnet_pair(*shape)
-    return dcgan_pair(*shape, cfg.init_d, cfg.base, sagan=cfg.model == "sagan")
+    return dcgan_pair(*shape, cfg.init_d, cfg.base, sagan=cfg.model == "sagan",
+                      penalty=cfg.gp_weight > 0)
 
 
 # ----------------------------------------------------------------------------------- losses

@@ -307,6 +307,8 @@ def configure(args, device):
         asked |= layer
     if args.engine == "graph" and "epoch" in arms:
         raise harness.UserError("--engine graph: arm epoch counts on the host; leave it out")
+    if not 0 <= args.r1_weight <= 10 ** 6:
+        raise harness.UserError(f"--r1-weight {args.r1_weight}: must be from 0 to 10^6")
     batches = sorted(set(asked["batches"]))
     if batches[0] < 2 or asked["images"] < batches[-1]:
         raise harness.UserError(f"--batches {batches}: must be from 2 to --images "
@@ -330,6 +332,7 @@ def configure(args, device):
         cfg = core.resolve(args, *layers, {"steps": None, "d_steps": asked["images"] // batch},
                            preset=name, channels=3 if photos else 1, arms=arms, batches=batches,
                            batch=batch, **more)
+        # UNSPECIFIED: how step sizes follow the batch. They do not; --lr-rule scales them.
         scale = (batch / 64) ** {"constant": 0, "sqrt": 0.5, "linear": 1}[cfg.lr_rule]
         cfg.lr_g, cfg.lr_d, cfg.arm = cfg.lr_g * scale, cfg.lr_d * scale, arm
         return cfg
@@ -511,7 +514,7 @@ def main(argv=None):
         return {}
     for cfg in cells:  # what is missing or wrong shows here, before anything is written
         if cfg.dataset == "geometry":
-            core.check_batch(cfg, geometry.draw(cfg.n_train, 2, cfg.size, cfg.size // 4))
+            core.check_batch(cfg, range(cfg.n_train))
     if base.dataset != "geometry":
         largest = max(cells, key=lambda cfg: cfg.batch)
         note = fid.rank_note(min(base.n_fid, prepare(largest)[2]["n_real"]), base.dims)

@@ -2010,6 +2010,7 @@ def test_sample_insufficiency_smoke_on_pictures(tmp_path, monkeypatch):
     (["--arms", "vanilla"], "--arms vanilla: not for --dataset geometry"),
     (["--batch", "16"], "--batch 16: only 8"), (["--n-train", "0"], "--n-train 0 from 1"),
     (["--images", "0"], "--images 0"), (["--lr-rule", "cubic"], "invalid choice: 'cubic'"),
+    (["--r1-weight", "nan"], "--r1-weight nan: must be from 0"),
 ])
 def test_mistakes_in_sample_insufficiency(tmp_path, monkeypatch, capsys, args, message):
     assert message in mistake(exp_sample_insufficiency, args, tmp_path, monkeypatch, capsys)
