@@ -15,8 +15,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import platform
-import re
 import resource
 import subprocess
 import sys
@@ -147,8 +145,12 @@ class Flops(TorchDispatchMode):
 
 
 def configure(model, preset, device, size=32, **changes):
-    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide."""
-    args = natural.flags().parse_args(["--model", model, "--preset", preset, "--size", str(size)])
+    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide.
+
+    At least 32 channels wide: on narrower nets one would time Python.
+    """
+    args = natural.flags().parse_args(["--model", model, "--preset", preset, "--size", str(size),
+                                       *(["--width", "32"] if preset == "cpu" else [])])
     cfg = vars(natural.configure(args, model, "cifar10", device))
     return argparse.Namespace(**{**cfg, "seed": 0, "arm": "vanilla", "device": str(device),
                                  "n_train": 10_000, "weights": None, **changes})
@@ -367,14 +369,13 @@ def main(argv=None):
         raise harness.UserError("--clock cpu: sees nothing of a GPU; take --clock wall")
     if args.threads:
         torch.set_num_threads(args.threads)
-    b, cpuinfo = Bench(args, device), Path("/proc/cpuinfo")
+    b = Bench(args, device)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         for part in [args.part] if args.part else PARTS:
             distance(b) if part == "distance" else PARTS[part](b)
-    chip = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processor": chip[1] if chip else platform.processor(), "cores": harness.cores(),
+        "device": harness.chip(device) if device.type == "cuda" else "cpu",
+        "processor": harness.chip(torch.device("cpu")), "cores": harness.cores(),
         "instructions": torch.backends.cpu.get_cpu_capability(), "load": load[0],
         "threads": torch.get_num_threads(), "repeats": b.repeats, "clock": args.clock,
         "seconds": time.time() - start, "versions": {**harness.versions(), **b.versions},

@@ -475,6 +475,12 @@ class Trainer:
         """Images to look at, the same latents every time: uint8 (<= n, C, H, W)."""
         return torch.cat(list(generate(self.G, n, self.cfg.z_dim, seed=1)))
 
+    def fakes(self, n):
+        """n images of each generator, from the same latents, as `generate` yields them:
+        {"": of G, "_ema": of its average, if there is one}."""
+        nets = {"": self.G} | ({"_ema": self.G_ema} if self.G_ema is not None else {})
+        return {suffix: generate(G, n, self.cfg.z_dim) for suffix, G in nets.items()}
+
     def d_update(self):
         """One update of D -> (d_loss, d_real, d_fake, d_comb, gp, kept, d_grad), 0-d tensors."""
         cfg, D = self.cfg, self.D

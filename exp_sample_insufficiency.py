@@ -246,20 +246,7 @@ def prepare(cfg):
     core.check_batch(cfg, images)
     net = fid.load_inception(dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir,
                              device=device)
-    if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
-        raise harness.UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
-    order = torch.randperm(len(images), generator=harness.generator(0, "cpu"))[:cfg.n_real]
-    reference = fid.reference(net, images[order], cfg.data_dir / "cache")
-
-    def score(trainer):
-        row = fid.score(net, *reference, core.generate(trainer.G, cfg.n_fid, cfg.z_dim))
-        if trainer.G_ema is not None:
-            ema = core.generate(trainer.G_ema, cfg.n_fid, cfg.z_dim)
-            row |= {f"{k}_ema": v for k, v in fid.score(net, *reference, ema).items()}
-        return row
-
-    return images, score, {"score": net.label, "features": net.id, "n_real": len(order),
-                           "dims": cfg.dims}
+    return images, *fid.scorer(net, images, cfg.n_real, cfg.n_fid, cfg.data_dir / "cache")
 
 
 def run_photos(cfg, folder):

@@ -417,6 +417,27 @@ def score(net, ref_stats, ref_feats, batches, with_kid=True, prc=False):
     return row
 
 
+def scorer(net, images, n_real, n_fid, cache_dir):
+    """How a script scores a trainer: -> (score, what it is).
+
+    `score(trainer)` has the entries of `score` above for n_fid images of each of its generators
+    (core.Trainer.fakes), those of an averaged one ending in _ema: beside the raw one's, never
+    instead. The reference is n_real of `images`, uint8 (N, C, H, W), None for all, the same ones
+    every time. UserError if there are not as many.
+    """
+    if n_real is not None and not 2 <= n_real <= len(images):
+        raise UserError(f"--n-real {n_real}: must be from 2 to {len(images)}")
+    order = torch.randperm(len(images), generator=generator(0, "cpu"))[:n_real]
+    stats, feats = reference(net, images[order], cache_dir)
+
+    def of_trainer(trainer):
+        return {key + suffix: value for suffix, batches in trainer.fakes(n_fid).items()
+                for key, value in score(net, stats, feats, batches).items()}
+
+    return of_trainer, {"score": net.label, "features": net.id, "n_real": len(order),
+                        "dims": len(stats.mean)}
+
+
 # ---------------------------------------------------------------------------------- command
 
 

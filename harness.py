@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -221,6 +222,15 @@ def versions():
             "numpy": np.__version__}
 
 
+def chip(device):
+    """The name of a device: of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, IndexError):
+        return re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    return platform.processor() or platform.machine()
+
+
 def announce(configs, dry_run):
     """Print the resolved configurations; returns dry_run, so that a script can stop there."""
     for cfg in configs if int(os.environ.get("RANK", 0)) == 0 else []:
@@ -231,12 +241,13 @@ def announce(configs, dry_run):
 def write_result(folder, script, cfg, device, start, rows, paper):
     """result.json: what was measured since `start`, the paper's numbers, what was asked for, and
     what it was made with: versions, commit, hashes of the training images."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     made = [read_json(p) for p in (folder / "config.json", *folder.glob("*/config.json"))]
     hashes = {run["flags"].get("data_hash", "") for run in made}
     result = plain({"script": script, "preset": cfg.preset,
                     "seconds": round(time.time() - start, 1),
-                    "device": f"{device.type}: {chip}, {torch.get_num_threads()} threads",
+                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                    "device": f"{device.type}: {chip(device)}, {cores()} cores, "
+                              f"{torch.get_num_threads()} threads",
                     **versions(), "git": sorted({run["git"] or "" for run in made}),
                     "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
