@@ -16,8 +16,8 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import core
@@ -183,10 +183,11 @@ def plot(folder):
     result = harness.read_result(folder, Path(__file__).stem)
     rows, cells = result["rows"], sorted({(r["dataset"], r["model"]) for r in result["rows"]})
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
-    fig = Figure(figsize=(4.2 + 2.3 * len(arms), 2.9 * len(cells)), layout="constrained")
-    axes = fig.subplots(len(cells), 1 + len(arms), squeeze=False,
-                        width_ratios=[1.6] + [1] * len(arms))
-    for (dataset, model), (ax, *panels) in zip(cells, axes):
+    lines = -(-len(arms) // 2)
+    fig = harness.figure((1 + 1.5 * lines) * len(cells))
+    for (dataset, model), part in zip(cells, np.atleast_1d(fig.subfigures(len(cells)))):
+        left, right = part.subfigures(1, 2, width_ratios=[1.2, 1])
+        ax, panels = left.subplots(), right.subplots(lines, 2, squeeze=False).flat
         here = [r for r in rows if (r["dataset"], r["model"]) == (dataset, model)]
         for arm in arms:
             curves = [([p[1] for p in r["fid_curve"]], [p[2] for p in r["fid_curve"]])
@@ -198,17 +199,18 @@ def plot(folder):
         for arm, value in zip(("vanilla", "pcr"), paper):
             ax.axhline(value, lw=0.8, color=harness.STYLE[arm]["color"], ls=(0, (1, 3)))
             ax.annotate(f"paper {arm} {value}", (1, value), xycoords=("axes fraction", "data"),
-                        ha="right", va="bottom" if value == max(paper) else "top", fontsize=7)
+                        ha="right", va="bottom" if value == max(paper) else "top")
         ax.set(title=f"{Path(dataset).name}, {model}", xlabel="updates of D", ylim=(0, None),
                xlim=(0, None), ylabel=f"{here[0]['score']}, {here[0]['n_fid']} fakes")
-        ax.legend(frameon=False, fontsize=8)
-        for arm, panel in zip(arms, panels):
+        ax.legend()
+        for panel in panels:
             panel.axis("off")
+        for arm, panel in zip(arms, panels):
             run = [run_name(r) for r in here if r["arm"] == arm][:1]
             grids = sorted((folder / run[0] / "samples").glob("*.png")) if run else []
             if grids:
                 panel.imshow(imread(grids[-1]), interpolation="nearest")
-                panel.set_title(f"{arm}, step {int(grids[-1].stem)}", fontsize=9)
+                panel.set_title(f"{arm}, step {int(grids[-1].stem)}")
     harness.save_figure(fig, folder)
     return result
 

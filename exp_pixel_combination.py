@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import core
 import data
@@ -132,7 +131,7 @@ def plot_rectangles(result, folder):
     """Shares of samples, D's scores, the four images and samples."""
     rows, cfg = result["rows"], result["config"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
-    fig = Figure(figsize=(11, 3.3 * len(arms)), layout="constrained")
+    fig = harness.figure(2.4 * len(arms))
     axes = fig.subplots(len(arms), 3, squeeze=False, width_ratios=[1.25, 1.25, 1])
     for arm, (left, middle, right) in zip(arms, axes):
         here = [r for r in rows if r["arm"] == arm]
@@ -148,7 +147,7 @@ def plot_rectangles(result, folder):
                  xlabel="updates of G", ylabel="share of samples, exact to the pixel")
         middle.set(title=f"{arm}: how D scores them", xlabel="updates of G", ylabel="logit of D")
         for ax in (left, middle):
-            ax.legend(frameon=False, fontsize=7)
+            ax.legend()
         known, saved = images_of(argparse.Namespace(**cfg | {"seed": seeds[0]})), []
         if (folder / run_name(here[0]) / "samples.npz").exists():  # else result.json came alone
             with np.load(folder / run_name(here[0]) / "samples.npz") as file:
@@ -156,7 +155,7 @@ def plot_rectangles(result, folder):
         picture = [framed(known, known), torch.full((4, 3, *[s + 4 for s in known.shape[2:]]), 255),
                    *saved]
         right.imshow(harness.grid(torch.cat(picture).to(torch.uint8), 8), interpolation="nearest")
-        right.set_title("A, B, AND, OR; below, samples\nframed if equal to one", fontsize=9)
+        right.set_title("A, B, AND, OR; below, samples\nframed if equal to one")
         right.axis("off")
     harness.save_figure(fig, folder)
 
@@ -471,10 +470,10 @@ def plot_photos(result, folder):
             files[kind] = {k: saved[f"{k}_{kind}"] for k in ("d_pair", "d_image", "best", "shown")}
         grids = {k: saved[k] for k in ("held-out", "gam", "random pairs")}
     grids |= {a: files[a]["samples"] for a in first}
-    names = {a: f"generated,\n{a}" for a in first} | {"heldout": "held-out", "train": "training"}
+    names = {a: a for a in first} | {"heldout": "held-out", "train": "train"}
     colours = [harness.STYLE[a]["color"] for a in first] + ["#56B4E9", "#009E73"]
-    fig = Figure(figsize=(11, 11.5), layout="constrained")
-    top, middle, bottom = fig.subfigures(3, height_ratios=[0.95, 1.9, 0.85])
+    fig = harness.figure(9.6)
+    top, middle, bottom = fig.subfigures(3, height_ratios=[0.95, 1.9, 1.05])
 
     for ax, kind in zip(np.atleast_1d(top.subplots(1, len(first) + 1)), files):
         shown, best = files[kind]["shown"], files[kind]["best"]
@@ -482,31 +481,28 @@ def plot_photos(result, folder):
                   interpolation="nearest")
         level = 127.5 / shown[0, 0].size ** 0.5
         middles = (np.arange(5) + 0.5) * (shown.shape[-1] + 2)
-        ax.set_xticks(middles, ["image", "average", "parent", "parent", "nearest"], fontsize=7)
+        ax.set_xticks(middles, ["image", "average", "parent", "parent", "nearest"])
         ax.set_yticks(middles[:len(best)], [
             f"{a:.1f}\n{b:.1f}" for a, b in zip(*(level * files[kind][k][best]
-                                                  for k in ("d_pair", "d_image")))], fontsize=7)
+                                                  for k in ("d_pair", "d_image")))])
         ax.tick_params(length=0)
-        ax.set_title(names[kind].replace("\n", " ") + " (control)" * (kind == "heldout"),
-                     fontsize=10)
+        ax.set_title(names[kind] + " (control)" if kind == "heldout" else f"generated, {kind}")
         ax.set_frame_on(False)
-    top.suptitle(f"The best matches of {cfg['n_query']} images each: the average of two training "
-                 f"images nearest to it, of {rows[0]['pairs_searched']:,} pairs, and the nearest "
-                 "training image.\nLeft: rms distance to both, in grey levels of 255", fontsize=9)
+    top.suptitle(f"The best matches of {cfg['n_query']} images each: the nearest average of two "
+                 f"training images, of {rows[0]['pairs_searched']:,} pairs,\nand the nearest "
+                 "training image. Left: rms distance to both, in grey levels of 255")
 
     axes = middle.subplots(2, 1 + len(first), width_ratios=[1] + [1.1] * len(first))
     nearer = [np.mean([r["nearer_average_fake"] for r in rows if r["arm"] == a]) for a in first]
     bars = axes[0, 0].bar(list(names.values()), [*nearer, rows[0]["nearer_average_heldout"],
                                                  rows[0]["nearer_average_train"]], color=colours)
-    axes[0, 0].bar_label(bars, fmt="{:.3f}", fontsize=8)
-    axes[0, 0].set_title("nearer to an average than to any image", fontsize=9)
+    axes[0, 0].bar_label(bars, fmt="{:.3f}")
+    axes[0, 0].set_title("nearer to an average\nthan to any image")
     axes[0, 0].set(ylabel="share of images", ylim=(0, 1.12))
     boxes(axes[1, 0], [(f["d_pair"] / f["d_image"])[f["d_image"] > 0] for f in files.values()],
           list(names.values()), colours)
-    axes[1, 0].set_title("how much nearer (whiskers: 5 and 95%)", fontsize=9)
+    axes[1, 0].set_title("how much nearer\n(whiskers: 5 and 95%)")
     axes[1, 0].set_ylabel("distance to average / to image")
-    for ax in axes[:, 0]:
-        ax.tick_params(axis="x", labelsize=7.5)
     for (arm, row), (upper, lower) in zip(first.items(), axes[:, 1:].T):
         here, kinds = [r for r in rows if r["arm"] == arm], list(VIEWS)[::-1]
         for kind, (label, colour, dash) in VIEWS.items():
@@ -514,30 +510,25 @@ def plot_photos(result, folder):
                        [p[f"d_{kind}"] - p["d_fake"] for p in r["curve"]]) for r in here]
             harness.band(upper, curves, label, color=colour, ls=dash, lw=1.6)
         upper.set(xlabel="updates of G", ylabel="mean D, above generated")
-        upper.set_title(f"{arm}: D's view over training (n={len(here)} seeds)", fontsize=9)
+        upper.set_title(f"D of {arm} over training\n(seeds: {len(here)})")
         boxes(lower, [files[arm][f"d_{k}"] for k in kinds],
               [f"{VIEWS[k][0]}\n{100 * row['above'][k]:.0f}%" for k in kinds],
               [VIEWS[k][1] for k in kinds], orientation="horizontal")
         lower.axvline(row["threshold"], color="#888888", lw=1, ls="--")
-        lower.tick_params(axis="y", labelsize=7.5)
-        lower.set_xlabel("D at the end (percent: above dashed line)")
-        lower.set_title(f"{arm}: Theorem 3's premise holds for at most\n"
-                        f"{100 * row['premise_share']:.1f}% of points ("
-                        f"{100 * row['premise_share_pair']:.1f}% by each pair's own margin)",
-                        fontsize=8)
-    middle.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6,
-                  frameon=False, fontsize=8)
+        lower.set_xlabel("D at the end (%: above dashes)")
+        lower.set_title(f"{arm}: premise of Theorem 3 at\n{100 * row['premise_share']:.1f}% of "
+                        f"points ({100 * row['premise_share_pair']:.1f}%, own margin)")
+    middle.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6)
 
     gam = {r["method"]: r for r in reversed(result["rows"]) if r["part"] == "gam"}
-    label = {"gam": "averages of neighbours (GAM)", "held-out": "held-out photographs",
-             "random pairs": "averages of random pairs"}
+    label = {"gam": "averages of\nneighbours (GAM)", "held-out": "held-out\nphotographs",
+             "random pairs": "averages of\nrandom pairs", **{a: f"generated,\n{a}" for a in first}}
     for ax, name in zip(bottom.subplots(1, len(grids)), grids):
         ax.imshow(harness.grid(torch.from_numpy(grids[name]), 4), interpolation="nearest")
-        ax.set_title(f"{label.get(name, name)}\n{gam[name]['score']} {gam[name]['fid']:.3g}, "
-                     f"KID {gam[name]['kid']:.2g}", fontsize=8.5)
+        ax.set_title(f"{label[name]}\n{gam[name]['score']} {gam[name]['fid']:.3g}\n"
+                     f"KID {gam[name]['kid']:.2g}")
         ax.axis("off")
-    bottom.suptitle(f"{cfg['n_fid']} images each against {gam['gam']['n_real']} training images",
-                    fontsize=9)
+    bottom.suptitle(f"{cfg['n_fid']} images each against {gam['gam']['n_real']} training images")
     harness.save_figure(fig, folder)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.optimize import linear_sum_assignment
 
@@ -343,7 +342,7 @@ def lines(ax, rows, arms, x, y, title, label):
         colour, dash = LOOK[arm]
         harness.band(ax, curves, arm, color=colour, ls=dash, lw=1.6)
     ax.set(xlabel=("updates of G", "images seen, thousands")[x], ylabel=title)
-    ax.set_title(label, fontsize=9)
+    ax.set_title(label)
 
 
 def against_batch(ax, rows, key, label):
@@ -387,14 +386,13 @@ def plot_geometry(folder, rows):
     arms = [a for a in LAWS if any(r["arm"] == a for r in full + part)]
     shown = [r for r in full if r["seed"] == one] + [r for r in part if r["seed"] == one][:1]
     n = len({r["seed"] for r in rows})
-    fig = Figure(figsize=(10, 9.6), layout="constrained")
+    fig = harness.figure(8.4)
     films, noise, curves, sizes = fig.subfigures(4, height_ratios=[0.72, 1, 1, 1])
     for ax, row in zip(np.atleast_1d(films.subplots(1, len(shown))), shown):
         ax.imshow(film(folder, row), interpolation="nearest")
-        ax.set_title(f"{row['arm']}, batch {row['batch']}: four codes through training", fontsize=9)
+        ax.set_title(f"{row['arm']}, batch {row['batch']}: four codes through training")
         ax.axis("off")
-    films.suptitle(f"Each row is a fixed code; red frame: not exactly two squares (seed {one})",
-                   fontsize=9)
+    films.suptitle(f"Each row is a fixed code; red frame: not exactly two squares (seed {one})")
     for ax, key, label in zip(noise.subplots(1, 3), ("d_loss", "g_grad", "gap"), (
             "loss of D", "gradient norm of G", "critic gap, real - fake")):
         limits = []
@@ -407,14 +405,14 @@ def plot_geometry(folder, rows):
             limits += [*np.quantile(y, [0.002, 0.998])]
             ax.set_ylim(min(limits) - 0.1 * np.std(y), max(limits) + 0.1 * np.std(y))
         ax.set(xlabel="images seen, thousands", ylabel=label)
-    noise.axes[0].legend(frameon=False, fontsize=8)
+    noise.axes[0].legend()
     top = curves.subplots(1, 3)
     least = min(r["steps"] for r in full + part)
     lines(top[0], full + part, arms, 0, 2, "share of codes", "image has two squares, equal updates")
     top[0].set_xlim(0, least)
     lines(top[1], full + part, arms, 1, 2, "share of codes", "image has two squares, equal images")
     lines(top[2], full + part, arms, 1, 5, "share of codes", "image changed since the last check")
-    top[2].legend(frameon=False, fontsize=8)
+    top[2].legend()
     for ax in top:
         ax.set_ylim(0, 1.03)
     bottom = sizes.subplots(1, 4)
@@ -424,7 +422,7 @@ def plot_geometry(folder, rows):
         against_batch(ax, rows, key, label)
     bottom[0].set_yscale("log")
     sizes.suptitle(f"The first two over the last third of training, the others at its end; {n} "
-                   f"seed{'s' * (n > 1)}", fontsize=9)
+                   f"seed{'s' * (n > 1)}")
     return fig
 
 
@@ -438,7 +436,7 @@ def plot_photos(folder, rows):
                lw=2.2 - 1.4 * i / len(sizes), ls="-")) for i, b in enumerate(reversed(sizes))]
     curves += [(a, small, f"batch {small}, {a}", dict(color=LOOK[a][0], ls=LOOK[a][1]))
                for a in cures]
-    fig = Figure(figsize=(10, 6.4), layout="constrained")
+    fig = harness.figure(4.4)
     top, bottom = fig.subfigures(2, height_ratios=[1.3, 1])
     left, right = top.subplots(1, 2, width_ratios=[1.3, 1])
     final = {}
@@ -451,7 +449,7 @@ def plot_photos(folder, rows):
         final[arm, batch] = [y[-1] for _, y in xy]
     left.set(xlabel="images seen by D", ylabel=f"{rows[0]['score']}, {rows[0]['n_fid']} fakes",
              title=f"{n} seed{'s' * (n > 1)}")
-    left.legend(frameon=False, fontsize=8)
+    left.legend()
     means = [np.mean(final["vanilla", b]) for b in sizes]
     if sizes:
         right.plot(sizes, means, "o-", color="black", label="plain")
@@ -467,7 +465,7 @@ def plot_photos(folder, rows):
               xscale="log", title=f"cures at batch {small}: which batch they equal")
     right.set_xticks(sizes, [str(b) for b in sizes])
     right.minorticks_off()
-    right.legend(frameon=False, fontsize=8)
+    right.legend()
     shown = [c for c in curves if c[0] != "ema"]
     for ax, (arm, batch, label, _) in zip(np.atleast_1d(bottom.subplots(1, len(shown))), shown):
         seed = min(r["seed"] for r in rows)
@@ -475,7 +473,7 @@ def plot_photos(folder, rows):
         grids = sorted((run / "samples").glob("*.png"))
         if grids:
             ax.imshow(imread(grids[-1]), interpolation="nearest")
-        ax.set_title(label, fontsize=9)
+        ax.set_title(label)
         ax.axis("off")
     return fig
 

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import core
 import data
@@ -166,7 +165,7 @@ def plot_rectangles(result, folder):
     rows = result["rows"]
     arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
     steps = max(r["steps"] for r in rows)
-    fig = Figure(figsize=(10, 7.4), layout="constrained")
+    fig = harness.figure(5.8)
     top, middle, bottom = fig.subfigures(3, height_ratios=[1.15, 1.25, 0.6])
     for ax, arm in zip(np.atleast_1d(top.subplots(1, len(arms))), arms):
         row = next(r for r in rows if r["arm"] == arm)
@@ -174,33 +173,31 @@ def plot_rectangles(result, folder):
             colours = [[128, 128, 128] if good else [230, 0, 0] for good in saved["good"]]
             picture = harness.grid(harness.frame(saved["samples"], colours))
         ax.imshow(picture, interpolation="nearest")
-        ax.set_title(f"{arm}: {100 * mean(rows, arm, 'correct'):.0f}% have two", fontsize=10)
+        ax.set_title(f"{arm}: {100 * mean(rows, arm, 'correct'):.0f}% have two")
         ax.axis("off")
-    top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares",
-                 fontsize=10)
+    top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares")
     left, right = middle.subplots(1, 2, width_ratios=[1.5, 1])
     for arm in arms:
         curves = [list(zip(*r["curve"])) for r in rows if r["arm"] == arm]
-        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(curves)})", lw=1.8,
-                  **harness.STYLE[arm])
-        harness.band(left, [(c[0], c[2]) for c in curves], None, lw=0.8, alpha=0.6,
-                  **harness.STYLE[arm])
+        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(curves)})", lw=1.6,
+                     **harness.STYLE[arm])
+        harness.band(left, [(c[0], c[2]) for c in curves], None, lw=0.7, alpha=0.7,
+                     **harness.STYLE[arm])
         if PAPER[arm]:
-            left.annotate(f"paper {arm}", (steps * 1.01, PAPER[arm]), fontsize=7,
+            left.annotate(f"paper {arm}", (steps * 1.01, PAPER[arm]),
                           va="top" if arm == "sc" else "bottom", annotation_clip=False)
             left.axhline(PAPER[arm], lw=0.5, color=harness.STYLE[arm]["color"])
     left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
              xlim=(0, steps), title="thick: tolerant counter, thin: pixel-exact counter")
-    left.title.set_fontsize(9)
-    left.legend(frameon=False, fontsize=8, loc=(0.02, 0.6))
+    left.legend(loc=(0.01, 0.65), labelspacing=0.2)
     for i, arm in enumerate(arms):
         share = np.mean([r["hist"] for r in rows if r["arm"] == arm], 0)
         right.bar(np.arange(5) + (i - (len(arms) - 1) / 2) * 0.2, share, 0.2, label=arm,
                   color=harness.STYLE[arm]["color"], hatch=[None, "///", "...", "xx"][i % 4],
                   edgecolor="white", lw=0)
     right.set(xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"], ylabel="share of images",
-              xlabel="rectangles in an image (tolerant counter)", ylim=(0, 1.02))
-    right.legend(frameon=False, fontsize=8)
+              xlabel="rectangles in an image", ylim=(0, 1.02))
+    right.legend()
     ax, last = bottom.subplots(), rows[-1]
     with np.load(folder / run_name(last) / "samples.npz") as saved:
         ax.imshow(harness.grid(torch.from_numpy(saved["pairs"]).flatten(0, 1)[:, None], 20),
@@ -208,8 +205,7 @@ def plot_rectangles(result, folder):
     ax.axis("off")
     ax.set_title(f"{last['arm']}: training image | nearest of {last['n_cover']:,} samples: "
                  f"{last['coverage_exact']} of {last['coverage_n']} found exactly; "
-                 f"{100 * last['unseen_share']:.0f}% of correct samples are no training image",
-                 fontsize=9)
+                 f"{100 * last['unseen_share']:.0f}% of correct samples are no training image")
     return fig
 
 
@@ -376,20 +372,21 @@ def plot_photos(result, folder):
     fixed = {r["arm"]: r for r in result["rows"] if "seed" not in r}
     arms = [a for a in PHOTO_ARMS if any(r["arm"] == a for r in rows)]
     first, n_train = rows[0], cfg["n_train"]
-    fig = Figure(figsize=(12.5, max(5.5, 2.2 + 2 * len(arms))), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.3])
-    axes = left.subplots(1 + len(arms), height_ratios=[2] + [4] * len(arms))
-    for ax, arm in zip(axes, ["train", *arms]):
+    fig = harness.figure(7.6)
+    top, bottom = fig.subfigures(2, height_ratios=[1, 2.2])
+    axes = top.subplot_mosaic([["train"] * len(arms), arms], height_ratios=[1, 2.2])
+    for arm, ax in axes.items():
         keys = ["train"] if arm == "train" else ["samples", "nearest"]
         with np.load(folder / run_name({**first, "arm": arm if arm in arms else first["arm"]})
                      / "samples.npz") as saved:
-            lines = zip(*(torch.from_numpy(saved[k]).split(12) for k in keys))
-        x = torch.cat([line for pair in lines for line in pair])
-        ax.imshow(harness.grid(x, min(len(x), 12)), interpolation="nearest")
-        ax.set_title(f"{len(x)} of the {n_train} training images" if arm == "train" else
-                     f"{arm}: samples, below each its nearest training image", fontsize=9)
+            lines = zip(*(torch.from_numpy(saved[k]).split(8) for k in keys))
+        x = torch.cat([line for pair in lines for line in pair])[:48]
+        ax.imshow(harness.grid(x, min(len(x), 24 if arm == "train" else 8)),
+                  interpolation="nearest")
+        ax.set_title(f"{len(x)} of the {n_train} training images; below: samples, and under each "
+                     "the training image nearest to it" if arm == "train" else arm)
         ax.axis("off")
-    for ax, (thick, thin, title, label, limits) in zip(right.subplots(2, 2).flat, [
+    for ax, (thick, thin, title, label, limits) in zip(bottom.subplots(2, 2).flat, [
             ("fid", "fid_heldout", f"thick: to the {n_train} training images\n"
              "thin: to held-out images", f"{first['score']}, {first['n_fid']} samples", None),
             ("dif", None, f"DIF (SC replaces fakes under {cfg['sc_threshold']:g})",
@@ -400,28 +397,29 @@ def plot_photos(result, folder):
              "training image", "share", (-0.02, 1.02))]):
         for arm in arms:
             here = [[r for r in rows if (r["arm"], r["seed"]) == (arm, s)] for s in cfg["seeds"]]
-            for key, width in [(thick, 1.8), (thin, 0.8)][:1 + bool(thin)]:
+            for key, width in [(thick, 1.6), (thin, 0.7)][:1 + bool(thin)]:
                 unit = first["n"] if key == "collapsed" else 1
                 harness.band(ax, [([r["step"] for r in run], [r[key] / unit for r in run])
                                   for run in here], f"{arm} (n={len(here)})" if key == thick else
                              None, lw=width, **harness.STYLE[arm])
         for name, row in fixed.items() if thick in ("fid", "dif") else ():
             ax.axhline(row[thick], color="0.5", lw=0.7, ls=(0, (1, 2)))
-            ax.annotate(name, (0.99, row[thick]), xycoords=("axes fraction", "data"), ha="right",
-                        va="top" if name in ("plain grey", "averages of two") else "bottom",
-                        fontsize=7)
+            side = {"plain grey": "top", "unseen photographs": "bottom"}.get(name, "center")
+            ax.annotate(f" {name}", (1, row[thick]), xycoords=("axes fraction", "data"), va=side)
         ax.set(xlabel="updates of G", ylabel=label, xlim=(0, None),
                **{"ylim": limits} if limits else {"yscale": "log"})
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title)
         if thick == "copies":
-            ax.legend(frameon=False, fontsize=8)
+            ax.legend()
     copyist, unseen, grey = (fixed[k] for k in ("copyist", "unseen photographs", "plain grey"))
     fig.suptitle(
         f"{Path(cfg['dataset']).name}, batches of {cfg['batch']}. Paper, Figure 5: with SC \"FID "
         "and DIF scores are both better during training\".\nBoth reward memorising: a perfect "
         f"copyist has {first['score']} {copyist['fid']:.2g} and DIF 0, unseen photographs "
-        f"{unseen['fid']:.2g} and {unseen['dif']:.2f}; plain grey has a DIF of {grey['dif']:.2f}.\n"
-        f"{fid.rank_note(min(n_train, first['n_fid']), first['dims']) or ''}", fontsize=10)
+        f"{unseen['fid']:.2g} and {unseen['dif']:.2f};\nplain grey has a DIF of "
+        f"{grey['dif']:.2f}."
+        + " Few images, so that distances are too large: compare arms only."
+        * bool(fid.rank_note(min(n_train, first["n_fid"]), first["dims"])))
     return fig
 
 

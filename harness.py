@@ -23,9 +23,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -489,6 +491,10 @@ def show(bar, name, trainer, row, scores, rate):
 
 # ------------------------------------------------------------------------------------ figures
 
+# As wide as a page's text or GitHub's column, with type to be read there without enlarging.
+WIDTH, TYPE = 7, {"font.size": 7, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8,
+                  "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
+                  "lines.markersize": 3}
 # One colour and dash for each arm everywhere, told apart in greyscale too (Okabe and Ito 2008).
 STYLE = {
     "vanilla": {"color": "#000000", "ls": "-"}, "pcr": {"color": "#D55E00", "ls": "--"},
@@ -496,6 +502,12 @@ STYLE = {
     "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
     "random": {"color": "#CC79A7", "ls": ":"},
 }
+
+
+def figure(height):
+    """An empty figure of the common width and type; inches."""
+    matplotlib.rcParams.update(TYPE)
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def grid(images, columns=None, pad=1):
@@ -539,5 +551,5 @@ def band(ax, curves, label, **style):
 def save_figure(fig, folder):
     """Write figure.png and say where it and result.json are: the last two lines of a script."""
     with atomic(folder / "figure.png") as tmp:
-        fig.savefig(tmp, dpi=150, bbox_inches="tight")
+        fig.savefig(tmp, dpi=200)
     print(folder / "result.json", folder / "figure.png", sep="\n")

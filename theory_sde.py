@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -474,7 +473,7 @@ LINES = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", "-.", "^"),
 def plot(folder):
     """figure.png from result.json: lines are exact, points are measured, with 95% intervals."""
     rows = harness.read_result(folder, Path(__file__).stem)["rows"]
-    fig = Figure(figsize=(7.2, 8.4), layout="constrained")
+    fig = harness.figure(8.4)
     *axes, last = fig.subplots(3, 2).flat
     axes[0].axhline(1, color="grey", lw=1, label="constant, as eq. (8) reads")
     axes[1].axhspan(1 - 5 ** -0.5, 1 + 5 ** -0.5, color="0.88", label="limits of 1/t")
@@ -490,18 +489,16 @@ def plot(folder):
             ax.plot(x, exact, color=color, ls=ls, lw=1)
             ax.errorbar(x, y, error, color=color, ls="", marker=marker, ms=3, mfc="white", mew=0.8,
                         lw=0.8, label=label)
-        ax.legend(frameon=False, fontsize=7, loc=place, ncols=1 + (len(names) == 6))
+        ax.legend(loc=place, ncols=1 + (len(names) == 6))
     for arm, color in (("vanilla", "#000000"), ("pcr", "#D55E00")):
         for r in (r for r in rows if r["check"] == f"theorem3 {arm}, one square shared"):
             last.plot(r["lam"], r["f"], color=color, label=f"f, {arm}")
             last.plot(r["lam"], r["least_if_slope"], color=color, ls="--", lw=1,
                       label="(11), own slope")
             last.plot(r["lam"], r["least"], color=color, ls=":", lw=1, label="(11), bound on L")
-            last.legend(frameon=False, fontsize=7, loc="lower center", ncols=2)
+            last.legend(loc="lower center", ncols=2)
     last.set(title="Theorem 3: between two reals", xlabel="λ", ylabel="f(λ x₁ + (1 - λ) x₂)",
              ylim=(-8, 1.5))
-    for ax in (*axes, last):
-        ax.title.set_fontsize(9)
     harness.save_figure(fig, folder)
 
 
