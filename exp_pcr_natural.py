@@ -195,13 +195,16 @@ def plot(folder):
             if curves:
                 harness.band(ax, curves, f"{arm} (n={len(curves)})", marker="o", ms=3,
                           **harness.STYLE[arm])
-        paper = PAPER.get((dataset, model), ()) if here[0]["score"].startswith("FID") else ()
-        for arm, value in zip(("vanilla", "pcr"), paper):
+        paper = PAPER.get((dataset, model), ())
+        same = here[0]["score"].startswith("FID")       # else its level is no line of this axis
+        for arm, value in zip(("vanilla", "pcr"), paper if same else ()):
             ax.axhline(value, lw=0.8, color=harness.STYLE[arm]["color"], ls=(0, (1, 3)))
             ax.annotate(f"paper {arm} {value}", (1, value), xycoords=("axes fraction", "data"),
                         ha="right", va="bottom" if value == max(paper) else "top")
-        ax.set(title=f"{Path(dataset).name}, {model}", xlabel="updates of D", ylim=(0, None),
-               xlim=(0, None), ylabel=f"{here[0]['score']}, {here[0]['n_fid']} fakes")
+        ax.set(title=f"{Path(dataset).name}, {model}" + (
+            f" (paper's FID: {paper[0]}, with pcr {paper[1]})" if paper and not same else ""),
+               xlabel="updates of D", ylim=(0, None), xlim=(0, None),
+               ylabel=f"{here[0]['score']}, {here[0]['n_fid']} fakes")
         ax.legend()
         for panel in panels:
             panel.axis("off")

@@ -434,9 +434,8 @@ def plot_photos(folder, rows):
     last = max(r["images_seen"] for r in rows)
     curves = [("vanilla", b, f"batch {b}", dict(color=str(0.75 * i / max(len(sizes) - 1, 1)),
                lw=2.2 - 1.4 * i / len(sizes), ls="-")) for i, b in enumerate(reversed(sizes))]
-    curves += [(a, small, f"batch {small}, {a}", dict(color=LOOK[a][0], ls=LOOK[a][1]))
-               for a in cures]
-    fig = harness.figure(4.4)
+    curves += [(a, small, f"{small}, {a}", dict(color=LOOK[a][0], ls=LOOK[a][1])) for a in cures]
+    fig = harness.figure(4.6)
     top, bottom = fig.subfigures(2, height_ratios=[1.3, 1])
     left, right = top.subplots(1, 2, width_ratios=[1.3, 1])
     final = {}
@@ -449,7 +448,7 @@ def plot_photos(folder, rows):
         final[arm, batch] = [y[-1] for _, y in xy]
     left.set(xlabel="images seen by D", ylabel=f"{rows[0]['score']}, {rows[0]['n_fid']} fakes",
              title=f"{n} seed{'s' * (n > 1)}")
-    left.legend()
+    top.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     means = [np.mean(final["vanilla", b]) for b in sizes]
     if sizes:
         right.plot(sizes, means, "o-", color="black", label="plain")

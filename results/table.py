@@ -5,7 +5,8 @@
 
 A verdict compares two lists of numbers, one a seed: `holds` if all of one are better than all of
 the other, `in part` if only their means are in that order, `no` if not even these; with one seed
-`not decided`.
+`not decided`. A claim about two numbers has the worse verdict of the two; claims of another kind
+have rules of their own below.
 """
 import argparse
 import json
@@ -28,11 +29,9 @@ COMMANDS = {  # a folder here, and the command whose run folder it came from
         "python exp_sample_insufficiency.py --dataset cifar10 --preset cpu",
     "exp_sample_insufficiency/celeba":
         "python exp_sample_insufficiency.py --dataset celeba --preset cpu",
-    **{f"exp_pcr_natural/{d}-{m}": f"python exp_pcr_natural.py --model {m} --dataset {d} "
-       f"--preset cpu{more}"
-       for d, m, more in (("cifar10", "wgangp", ""), ("cifar10", "lsgan", ""),
-                          ("cifar10", "sagan", ""), ("celeba", "wgangp", ""),
-                          ("imagenet", "wgangp", " --steps 40 --n-fid 48 --n-real 128"))},
+    **{f"exp_pcr_natural/cifar10-{m}": f"python exp_pcr_natural.py --model {m} --dataset cifar10 "
+       "--preset cpu --arms vanilla pcr dup mixup --seeds 0 1 2"
+       for m in ("wgangp", "lsgan", "sagan")},
     "theory_sde": "python theory_sde.py --preset cpu",
 }
 
@@ -64,6 +63,17 @@ def verdict(better, worse, higher=True):
     if len(a) < 2 or len(b) < 2:
         return "not decided (one seed)"
     return "holds" if min(a) > max(b) else "in part" if mean(a) > mean(b) else "**no**"
+
+
+def all_of(*words):
+    """The verdict of a claim that says several things: the worst."""
+    return max(words, key=["holds", "in part", "not decided (one seed)", "**no**"].index)
+
+
+def spread(numbers):
+    """`11.2 (10.9 to 11.6)`, mean and range."""
+    low, high = (f"{f(numbers):.3g}" for f in (min, max))
+    return f"{mean(numbers):.3g}" + (f" ({low} to {high})" if low != high else "")
 
 
 def percent(numbers):
@@ -126,18 +136,20 @@ def photographs(lines):
     """Table 1, Figures 2 (right), 3 (bottom), 4 and 5."""
     for name in [n for n in COMMANDS if n.startswith("exp_pcr_natural/")]:
         if result := read(name):
-            dataset, model = name.split("/")[1].split("-")
-            fids = {a: values(result["rows"], "best_fid", arm=a) for a in ("vanilla", "pcr")}
-            paper = (result["paper"].get(f"{dataset}, {model}")
-                     or {r["arm"]: r["paper"] for r in result["paper"]["table_1"]})
+            (dataset, model), rows = name.split("/")[1].split("-"), result["rows"]
+            fids = {a: values(rows, "best_fid", arm=a) for a in ("vanilla", "pcr", "dup", "mixup")}
+            paper = result["paper"][f"{dataset}, {model}"]
             lines.append(("Table 1", f"{dataset}, {model}: best FID, vanilla → pcr",
                           f"{paper['vanilla']} → {paper['pcr']}",
-                          f"{label(result['rows'][0])} "
-                          f"{min(fids['vanilla']):.0f} → {min(fids['pcr']):.0f} "
-                          f"({result['rows'][0]['n_fid']} fakes, n={len(fids['pcr'])})",
+                          f"{label(rows[0])} {spread(fids['vanilla'])} → {spread(fids['pcr'])}, "
+                          f"n={len(fids['pcr'])}",
                           verdict(fids["pcr"], fids["vanilla"], higher=False)))
-    lines.append(("Table 1", "the other cells, and all of it at the preset `paper`", "", "not run",
-                  ""))
+            lines.append(("Table 1", f"{dataset}, {model}: pcr against extra plain fakes (dup), "
+                          "uneven mixes (mixup)", "not tried",
+                          f"{spread(fids['dup'])}, {spread(fids['mixup'])}",
+                          all_of(*(verdict(fids["pcr"], fids[a], higher=False)
+                                   for a in ("dup", "mixup")))))
+    lines.append(("Table 1", "CelebA and ImageNet", "up to 30% better", "not run", ""))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_sample_insufficiency/{dataset}"):
             rows = result["rows"]
@@ -153,19 +165,19 @@ def photographs(lines):
                           + f" (n={len(last[sizes[0]])})", word))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_pixel_combination/{dataset}"):
-            row = next(r for r in result["rows"] if r.get("part") == "combination")
+            rows = result["rows"]
+            fake, real = (values(rows, f"nearer_average_{k}", arm="vanilla", part="combination")
+                          for k in ("fake", "heldout"))
             lines.append((
                 "Figure 3, bottom", f"{dataset}: images nearer to an average of two training "
                 "images than to any; generated, held-out", "generated ones are averages",
-                f"{100 * row['nearer_average_fake']:.0f}%, "
-                f"{100 * row['nearer_average_heldout']:.0f}%",
-                verdict(values(result["rows"], "nearer_average_fake", arm="vanilla"),
-                        values(result["rows"], "nearer_average_heldout", arm="vanilla"))))
-            sets = {r["method"]: r for r in result["rows"] if r.get("part") == "gam"}
+                f"{percent(fake)}, {100 * real[0]:.0f}%",
+                "holds" if mean(fake) > 0.5 > mean(real) else "**no**: photographs are, too"))
+            sets = [values(rows, "fid", method=m) for m in ("gam", "vanilla", "held-out")]
             lines.append((
-                "Figure 4", f"{dataset}: {sets['gam']['score']} of averages of neighbours, of "
-                "the GAN, of held-out images", "GAM and GAN comparable",
-                ", ".join(f"{sets[k]['fid']:.2g}" for k in ("gam", "vanilla", "held-out")),
+                "Figure 4", f"{dataset}: {values(rows, 'score', method='gam')[0]} of averages of "
+                "neighbours, of the GAN, of held-out images", "GAM and GAN comparable",
+                ", ".join(f"{mean(v):.2g}" for v in sets) + f" (n={len(sets[1])})",
                 "not decided: the GAN is small"))
     for dataset in ("cifar10", "celeba"):
         if result := read(f"exp_sc/{dataset}"):
@@ -178,7 +190,8 @@ def photographs(lines):
                               "random replacement", "sc far better",
                               ", ".join(f"{mean(v):.3g}" for v in ends.values())
                               + f" (n={len(ends['sc'])})",
-                              verdict(ends["sc"], ends["vanilla"], higher=False)))
+                              all_of(*(verdict(ends["sc"], ends[a], higher=False)
+                                       for a in ("vanilla", "random")))))
 
 
 def theory(lines):
@@ -199,28 +212,25 @@ def table():
     rectangles(lines)
     photographs(lines)
     theory(lines)
+    lines.append(("all", "the preset `paper`: the paper's sizes, on a GPU", "", "not run", ""))
     head = ["| paper | what | paper's number | here | claim |", "|---|---|---|---|---|"]
     return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
-
-
-def commits(result):
-    """The commits that a result's runs were started at."""
-    made = result.get("git") or "-"
-    return " ".join([made] if isinstance(made, str) else made)
 
 
 def provenance():
     """results/README.md: where every file came from."""
     lines = ["# Results", "", "Made by `python results/table.py --write`; add `--data-dir` to the "
-             "commands, or set `GAN_DATA`. `git` is the commit the run was started at (a dash: "
-             "not recorded then).", "", "| folder | command | preset | seeds | device | seconds | "
-             "git |", "|---|---|---|---|---|---|---|"]
+             "commands, or set `GAN_DATA`. `git`: the commits that the runs were started at. "
+             "`seconds`: of the last session; where there are several commits, seeds came later. "
+             "All ran on the same machine (`x86_64`: not written down as closely then).", "",
+             "| folder | command | seeds | device | date | seconds | git |",
+             "|---|---|---|---|---|---|---|"]
     for name, command in COMMANDS.items():
         if result := read(name):
             seeds = result["config"].get("seeds", [0])
-            lines.append(f"| `{name}` | `{command}` | {result['preset']} | "
-                         f"{' '.join(map(str, seeds))} | {result['device']} | "
-                         f"{result['seconds']:.0f} | {commits(result)} |")
+            lines.append(f"| `{name}` | `{command}` | {' '.join(map(str, seeds))} | "
+                         f"{result['device']} | {result['date']} | {result['seconds']:.0f} | "
+                         f"{' '.join(result['git'])} |")
     return "\n".join(lines) + "\n"
 
 
