@@ -6,9 +6,10 @@ and the ImageNet validation set, by up to 30% (WGAN-GP on CIFAR-10: 45.4 -> 31.6
 
     python exp_pcr_natural.py --model wgangp --dataset cifar10
 
-Arms: vanilla; pcr; and two controls that the paper lacks. `dup` gives D as many extra plain fakes
+Arms: vanilla; pcr; and three controls that the paper lacks. `dup` gives D as many extra plain fakes
 instead of combinations: the same loss weights without mixing. `mixup` gives D uneven mixes of
 reals, weights Beta(25, 25) as in NDA (Sinha et al. 2021): combinations that are not averages.
+`matched` gives D averages with the contrast of photographs: combinations without their greyness.
 Presets: paper (one GPU), cpu (under ten minutes on two cores: a small net, few steps, FD-192),
 smoke (seconds). Ends in result.json and figure.png.
 """
@@ -75,12 +76,23 @@ def mixup(x, gen):
     return torch.lerp(x, x.roll(1, 0), weight.view(-1, *[1] * (x.dim() - 1)))
 
 
+def matched(x):
+    """Averages of neighbours, stretched about their means to their parents' contrast, (B, ...)."""
+    std = x.flatten(1).std(1)
+    comb = core.pixel_average(x)
+    mean, own = comb.flatten(1).mean(1), comb.flatten(1).std(1)
+    scale = (std + std.roll(1)) / 2 / own.clamp_min(1e-3)
+    mean, scale = (v.view(-1, *[1] * (x.dim() - 1)) for v in (mean, scale))
+    return (mean + (comb - mean) * scale).clamp(-1, 1)
+
+
 # The extra negatives of each arm: (trainer, x_real) -> x_comb.
 ARMS = {
     "vanilla": None,
     "pcr": lambda trainer, x_real: core.pixel_average(x_real),
     "dup": lambda trainer, x_real: trainer.fake(),
     "mixup": lambda trainer, x_real: mixup(x_real, trainer.gen),
+    "matched": lambda trainer, x_real: matched(x_real),
 }
 
 
@@ -134,16 +146,24 @@ def run_name(row):
 
 
 def train(cfg, folder):
-    """One arm and seed, from scratch or from its checkpoint -> what its score is."""
+    """One arm and seed, from scratch or from its checkpoint -> trainer, images, their score."""
     images, score, protocol = prepare(cfg)
     trainer = core.Trainer(cfg, images, harness.pick_device(cfg.device), combine=ARMS[cfg.arm])
     harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
     harness.fit(trainer, folder, score)
-    return protocol
+    return trainer, images, protocol
 
 
-def evaluate(cfg, folder, protocol):
-    """The result row of a finished run, from its metrics.jsonl: best checkpoint and whole curve."""
+def contrast(x):
+    """Mean over images, uint8 (N, C, H, W), of the standard deviation of their pixels, of 255.
+
+    An average has less of it than its parents, so that D can tell it by that alone.
+    """
+    return x.float().flatten(1).std(1).mean().item()
+
+
+def evaluate(cfg, folder, trainer, images, protocol):
+    """The result row of a finished run: best checkpoint, whole curve, contrast at the end."""
     scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "fid" in r]
     best = min(scored, key=lambda r: r["fid"])
     row = {"dataset": str(cfg.dataset), "model": cfg.model, "arm": cfg.arm, "seed": cfg.seed,
@@ -151,13 +171,18 @@ def evaluate(cfg, folder, protocol):
            "fid_curve": [[r["step"], r["d_steps"], r["fid"]] for r in scored],
            "kid": best["kid"], "kid_std": best["kid_std"], "n_fid": cfg.n_fid,
            "split": cfg.split, **protocol}
+    real = images[torch.randperm(len(images), generator=harness.generator(0, "cpu"))[:1000]]
+    average = core.to_uint8(core.pixel_average(core.to_float(real)))
+    for name, x in (("", torch.cat(list(trainer.fakes(cfg.n_fid)[""]))), ("_real", real),
+                    ("_average", average)):
+        row[f"contrast{name}"] = contrast(x)
     if cfg.ema_beta:
         row["best_fid_ema"] = min(r["fid_ema"] for r in scored)
     harness.write_json(folder / "row.json", row)
 
 
 def run(cfg, folder):
-    evaluate(cfg, folder, train(cfg, folder))
+    evaluate(cfg, folder, *train(cfg, folder))
 
 
 def summary(rows):
@@ -187,7 +212,7 @@ def plot(folder):
     fig = harness.figure((1 + 1.5 * lines) * len(cells))
     for (dataset, model), part in zip(cells, np.atleast_1d(fig.subfigures(len(cells)))):
         left, right = part.subfigures(1, 2, width_ratios=[1.2, 1])
-        ax, panels = left.subplots(), right.subplots(lines, 2, squeeze=False).flat
+        ax, panels = left.subplots(), right.subplots(lines, 2, squeeze=False).ravel()
         here = [r for r in rows if (r["dataset"], r["model"]) == (dataset, model)]
         for arm in arms:
             curves = [([p[1] for p in r["fid_curve"]], [p[2] for p in r["fid_curve"]])
@@ -213,7 +238,10 @@ def plot(folder):
             grids = sorted((folder / run[0] / "samples").glob("*.png")) if run else []
             if grids:
                 panel.imshow(imread(grids[-1]), interpolation="nearest")
-                panel.set_title(f"{arm}, step {int(grids[-1].stem)}")
+            panel.set_title(
+                f"{arm}: {np.mean([r['contrast'] for r in here if r['arm'] == arm]):.0f}")
+        right.suptitle(f"samples and their contrast; images {here[0]['contrast_real']:.0f}, "
+                       f"averages {here[0]['contrast_average']:.0f}")
     harness.save_figure(fig, folder)
     return result
 

@@ -198,21 +198,24 @@ def open_run(folder, cfg, resume, sweep=False):
     if sweep and join():
         dist.barrier()  # opened, once the first process is here too
         return folder
+    made = [git_hash() or ""]
     if path.exists():
         if not resume:
             raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
         try:
-            old = json.loads(path.read_text())["flags"]
+            old = json.loads(path.read_text())
+            differ = differences(old["flags"], cfg)
+            made += [commit for commit in old["git"] if commit not in made]
         except (json.JSONDecodeError, KeyError):
             raise UserError(f"{path} is damaged: choose another --name") from None
-        if differ := differences(old, cfg):
+        if differ:
             raise UserError(f"{folder} was made with another configuration, so choose another "
                             f"--name: {differ}")
     hold(folder)
-    for old in folder.glob(".*.tmp*"):  # what a kill left half written
-        old.unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp*"):  # what a kill left half written
+        left.unlink(missing_ok=True)
     write_json(path, {"flags": cfg, "command": sys.argv, "host": platform.machine(),
-                      "threads": torch.get_num_threads(), **versions()})
+                      "threads": torch.get_num_threads(), **versions(), "git": made})
     if sweep and dist.is_initialized():
         dist.barrier()
     return folder
@@ -250,7 +253,7 @@ def write_result(folder, script, cfg, device, start, rows, paper):
                     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                     "device": f"{device.type}: {chip(device)}, {cores()} cores, "
                               f"{torch.get_num_threads()} threads",
-                    **versions(), "git": sorted({run["git"] or "" for run in made}),
+                    **versions(), "git": sorted({c for run in made for c in run["git"]}),
                     "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
     return result
@@ -500,7 +503,7 @@ STYLE = {
     "vanilla": {"color": "#000000", "ls": "-"}, "pcr": {"color": "#D55E00", "ls": "--"},
     "sc": {"color": "#0072B2", "ls": "-."}, "sc+pcr": {"color": "#009E73", "ls": (0, (5, 1))},
     "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
-    "random": {"color": "#CC79A7", "ls": ":"},
+    "random": {"color": "#CC79A7", "ls": ":"}, "matched": {"color": "#009E73", "ls": (0, (5, 1))},
 }
 
 

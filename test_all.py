@@ -1182,6 +1182,7 @@ def test_pcr_natural_smoke(tmp_path, monkeypatch):
         assert {"dataset", "model", "arm", "seed", "best_fid", "best_step", "fid_curve", "kid",
                 "n_fid", "split"} <= set(row) and len(row["fid_curve"]) == 2
         assert row["best_fid"] == min(p[2] for p in row["fid_curve"])
+        assert row["contrast_real"] > row["contrast_average"] > 0 < row["contrast"] < 128
     folder = tmp_path / "runs" / "exp_pcr_natural" / "geometry-wgangp-smoke"
     assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
     for name in ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "samples/0000004.png"):
@@ -1196,6 +1197,38 @@ def test_pcr_natural_smoke(tmp_path, monkeypatch):
     exp_pcr_natural.main(["--sample", str(folder / "geometry-wgangp-pcr-s0" / "best.pt"), "--n",
                           "4", "--out", str(out)])
     assert out.exists()
+
+
+def test_contrast_is_the_standard_deviation_of_pixels():
+    x = torch.tensor([[0, 200], [100, 100]], dtype=torch.uint8).view(2, 1, 1, 2)
+    assert exp_pcr_natural.contrast(x) == pytest.approx((20000 ** 0.5 + 0) / 2)
+
+
+def test_matched_averages_have_the_contrast_of_their_parents():
+    x = 0.5 * torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.25
+    comb, average = exp_pcr_natural.matched(x), (x + x.roll(1, 0)) / 2
+    std = x.flatten(1).std(1)
+    assert torch.allclose(comb.flatten(1).std(1), (std + std.roll(1)) / 2, rtol=1e-4)
+    assert torch.allclose(comb.flatten(1).mean(1), average.flatten(1).mean(1), atol=1e-5)
+    assert exp_pcr_natural.matched(torch.ones(2, 1, 4, 4)).eq(1).all()     # nothing to stretch
+    assert exp_pcr_natural.matched(4 * x).abs().max() <= 1
+
+
+def test_figure_has_a_grid_for_each_arm(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(harness, "save_figure", lambda fig, folder: kept.append(fig))
+    exp_pcr_natural.main(["--dataset", "geometry", "--smoke", "--data-dir", str(tmp_path / "d"),
+                          "--arms", *exp_pcr_natural.ARMS, "--outdir", str(tmp_path)])
+    assert sum(len(ax.images) for ax in kept[0].get_axes()) == len(exp_pcr_natural.ARMS)
+
+
+def test_a_resumed_run_names_all_its_commits(tmp_path, monkeypatch):
+    for commit in ("one", "two", "two"):
+        monkeypatch.setattr(harness, "git_hash", lambda commit=commit: commit)
+        harness.open_run(tmp_path / "run", {"steps": 1}, resume=True)
+    result = harness.write_result(tmp_path / "run", "s", argparse.Namespace(preset="cpu"),
+                                  torch.device("cpu"), 0, [], {})
+    assert result["git"] == ["one", "two"]
 
 
 @pytest.mark.parametrize("model", ["lsgan", "sagan"])

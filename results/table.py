@@ -30,8 +30,8 @@ COMMANDS = {  # a folder here, and the command whose run folder it came from
     "exp_sample_insufficiency/celeba":
         "python exp_sample_insufficiency.py --dataset celeba --preset cpu",
     **{f"exp_pcr_natural/cifar10-{m}": f"python exp_pcr_natural.py --model {m} --dataset cifar10 "
-       "--preset cpu --arms vanilla pcr dup mixup --seeds 0 1 2"
-       for m in ("wgangp", "lsgan", "sagan")},
+       f"--preset cpu --arms vanilla pcr dup mixup{more} --seeds 0 1 2"
+       for m, more in (("wgangp", " matched"), ("lsgan", ""), ("sagan", ""))},
     "theory_sde": "python theory_sde.py --preset cpu",
 }
 
