@@ -1182,6 +1182,7 @@ def test_pcr_natural_smoke(tmp_path, monkeypatch):
         assert {"dataset", "model", "arm", "seed", "best_fid", "best_step", "fid_curve", "kid",
                 "n_fid", "split"} <= set(row) and len(row["fid_curve"]) == 2
         assert row["best_fid"] == min(p[2] for p in row["fid_curve"])
+        assert row["end_fid"] == row["fid_curve"][-1][2] and row["end_score"] == row["score"]
         assert row["contrast_real"] > row["contrast_average"] > 0 < row["contrast"] < 128
     folder = tmp_path / "runs" / "exp_pcr_natural" / "geometry-wgangp-smoke"
     assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
@@ -1238,8 +1239,10 @@ def test_pcr_natural_smoke_on_pictures(tmp_path, monkeypatch, model):
     result = exp_pcr_natural.main(
         ["--dataset", str(picture_folder(tmp_path / "pics")), "--model", model, "--smoke",
          "--outdir", str(tmp_path), "--split", "all", "--n-real", "8", "--ema-beta", "0.5",
-         "--data-dir", str(tmp_path / "d")])
+         "--data-dir", str(tmp_path / "d"), "--end-dims", "192"])
     assert len(result["rows"]) == 2 and all("best_fid_ema" in r for r in result["rows"])
+    # the same features here, so that the second score, of the last G, equals the curve's end
+    assert all(r["end_fid"] == pytest.approx(r["fid_curve"][-1][2]) for r in result["rows"])
 
 
 @pytest.mark.parametrize("script", [exp_sc, exp_pixel_combination])
