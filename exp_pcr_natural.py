@@ -251,8 +251,8 @@ def plot(folder):
             end, grey = (np.mean([r[k] for r in here if r["arm"] == arm])
                          for k in ("end_fid", "contrast"))
             panel.set_title(f"{arm}\n{here[0]['end_score']} {end:.0f}, contrast {grey:.0f}")
-        right.suptitle(f"At the end. Contrast of images: {here[0]['contrast_real']:.0f}, of their "
-                       f"averages: {here[0]['contrast_average']:.0f}")
+        right.suptitle(f"At the end; contrast of images {here[0]['contrast_real']:.0f}, of "
+                       f"averages {here[0]['contrast_average']:.0f}")
     harness.save_figure(fig, folder)
     return result
 
