@@ -151,6 +151,11 @@ def photographs(lines):
                               f"{spread(fids['dup'])}, {spread(fids['mixup'])}",
                               all_of(*(verdict(fids["pcr"], fids[a], higher=False)
                                        for a in ("dup", "mixup")))))
+            grey = [mean(values(rows, "contrast", arm=a)) for a in fids]
+            lines.append(("Table 1", f"{dataset}, {model}: contrast of the fakes; vanilla, pcr, dup, "
+                          "mixup", "not tried", ", ".join(f"{v:.0f}" for v in grey)
+                          + f"; of images {rows[0]['contrast_real']:.0f}, of averages "
+                          f"{rows[0]['contrast_average']:.0f}", ""))
     lines.append(("Table 1", "CelebA and ImageNet", "up to 30% better", "not run", ""))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_sample_insufficiency/{dataset}"):
@@ -223,7 +228,7 @@ def provenance():
     """results/README.md: where every file came from."""
     lines = ["# Results", "", "Made by `python results/table.py --write`; add `--data-dir` to the "
              "commands, or set `GAN_DATA`. `git`: the commits that the runs were started at. "
-             "`seconds`: of the last session; where there are several commits, seeds came later. "
+             "`seconds`: of the last session, where a run was gone on with. "
              "All ran on the same machine (`x86_64`: not written down as closely then).", "",
              "| folder | command | seeds | device | date | seconds | git |",
              "|---|---|---|---|---|---|---|"]
