@@ -7,11 +7,12 @@ and the ImageNet validation set, by up to 30% (WGAN-GP on CIFAR-10: 45.4 -> 31.6
     python exp_pcr_natural.py --model wgangp --dataset cifar10
 
 Arms: vanilla; pcr; and three controls that the paper lacks. `dup` gives D as many extra plain fakes
-instead of combinations: the same loss weights without mixing. `mixup` gives D uneven mixes of
-reals, weights Beta(25, 25) as in NDA (Sinha et al. 2021): combinations that are not averages.
-`matched` gives D averages with the contrast of photographs: combinations without their greyness.
-Presets: paper (one GPU), cpu (under ten minutes on two cores: a small net, few steps, FD-192),
-smoke (seconds). Ends in result.json and figure.png.
+instead of combinations: the same loss weights without mixing. `mixup` gives D near-averages of two
+reals, weights Beta(25, 25), mostly .36 to .64, as in NDA (Sinha et al. 2021). `matched` gives D
+averages with the contrast of photographs: combinations without their greyness.
+Presets: paper (one GPU), cpu (two arms and one seed in under ten minutes on two cores: a small
+net, few steps, FD-192 on the way, the FID's features at the end), smoke (seconds). Ends in
+result.json and figure.png.
 """
 import argparse
 import time
@@ -78,7 +79,10 @@ def mixup(x, gen):
 
 
 def matched(x):
-    """Averages of neighbours, stretched about their means to their parents' contrast, (B, ...)."""
+    """Averages of neighbours, stretched about their means to their parents' contrast, (B, ...).
+
+    Then clipped to [-1, 1], which takes a little of it back.
+    """
     std = x.flatten(1).std(1)
     comb = core.pixel_average(x)
     mean, own = comb.flatten(1).mean(1), comb.flatten(1).std(1)
@@ -117,7 +121,8 @@ def flags():
     p.add_argument("--n-real", type=int, help="training images in the reference (preset)")
     p.add_argument("--dims", type=int, choices=fid.DIMS, help="FID features (preset)")
     p.add_argument("--end-dims", type=int, choices=fid.DIMS,
-                   help="features of a second score, at the end of training (preset)")
+                   help="features of a second score, at the end of training (preset); as --dims: "
+                        "none")
     p.add_argument("--fid-weights", help="Inception weights; default: data-dir or a download")
     harness.run_flags(p, PRESETS)
     core.train_flags(p)
@@ -127,11 +132,14 @@ def flags():
 def configure(args, model, dataset, device):
     """Resolved configuration of one cell: paper, model, preset, then the user's flags."""
     name = args.preset or ("paper" if device.type == "cuda" else "cpu")
-    return core.resolve(
+    cfg = core.resolve(
         args, PRESETS["paper"], {"size": data.SIZES.get(dataset, 64)}, MODELS[model],
         {"width": 128} if args.arch == "resnet" else {}, PRESETS[name],
         CPU_STEPS[model] if name == "cpu" else {}, preset=name, model=model, dataset=dataset,
         channels=1 if dataset == "geometry" else 3)
+    if dataset == "geometry":   # scored by pixels: no layers to choose from
+        cfg.end_dims = cfg.dims
+    return cfg
 
 
 def prepare(cfg, dims=None):
@@ -179,7 +187,7 @@ def evaluate(cfg, folder, trainer, images, protocol):
     if cfg.end_dims != cfg.dims:
         _, score, protocol = prepare(cfg, cfg.end_dims)
         end = {**score(trainer), **protocol}
-    row |= {f"end_{k}": end[k] for k in ("fid", "kid", "kid_std", "score", "dims")}
+    row |= {f"end_{k}": v for k, v in end.items() if k not in ("step", "d_steps", "n_fid")}
     real = images[torch.randperm(len(images), generator=harness.generator(0, "cpu"))[:1000]]
     average = core.to_uint8(core.pixel_average(core.to_float(real)))
     for name, x in (("", torch.cat(list(trainer.fakes(cfg.n_fid)[""]))), ("_real", real),
@@ -205,6 +213,7 @@ def summary(rows):
             if fids:
                 cells.append({
                     "dataset": dataset, "model": model, "arm": arm, "n_seeds": len(fids),
+                    "score": here[0]["score"], "end_score": here[0]["end_score"],
                     "best": min(fids), "mean": sum(fids) / len(fids),
                     "end_mean": float(np.mean([r["end_fid"] for r in here if r["arm"] == arm])),
                     "boost_percent": 100 * (base - min(fids)) / base if base else None,
@@ -231,7 +240,7 @@ def plot(folder):
                 harness.band(ax, curves, f"{arm} (n={len(curves)})", marker="o", ms=3,
                           **harness.STYLE[arm])
         paper = PAPER.get((dataset, model), ())
-        same = here[0]["score"].startswith("FID")       # else its level is no line of this axis
+        same = here[0]["score"] == "FID"                # else its level is no line of this axis
         for arm, value in zip(("vanilla", "pcr"), paper if same else ()):
             ax.axhline(value, lw=0.8, color=harness.STYLE[arm]["color"], ls=(0, (1, 3)))
             ax.annotate(f"paper {arm} {value}", (1, value), xycoords=("axes fraction", "data"),
@@ -243,14 +252,14 @@ def plot(folder):
         ax.legend()
         for panel in panels:
             panel.axis("off")
-        for arm, panel in zip(arms, panels):
+        for arm, panel in zip([a for a in arms if any(r["arm"] == a for r in here)], panels):
             run = [run_name(r) for r in here if r["arm"] == arm][:1]
             grids = sorted((folder / run[0] / "samples").glob("*.png")) if run else []
             if grids:
                 panel.imshow(imread(grids[-1]), interpolation="nearest")
             end, grey = (np.mean([r[k] for r in here if r["arm"] == arm])
                          for k in ("end_fid", "contrast"))
-            panel.set_title(f"{arm}\n{here[0]['end_score']} {end:.0f}, contrast {grey:.0f}")
+            panel.set_title(f"{arm}\n{here[0]['end_score']} {end:.3g}, contrast {grey:.0f}")
         right.suptitle(f"At the end; contrast of images {here[0]['contrast_real']:.0f}, of "
                        f"averages {here[0]['contrast_average']:.0f}")
     harness.save_figure(fig, folder)

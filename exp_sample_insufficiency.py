@@ -11,8 +11,8 @@ same amount of data, the FID is lower the larger the batch.
 Rectangles: arms are the laws by which images and codes are sampled, `fgd` and four kinds of MGD;
 the first MGD arm runs at every size of `--batches`, the others at `--batch`. Photographs: batch
 sizes, and three cures at the smallest one. All see equally many images, unless `--steps` sets
-equally many updates. Presets: paper (one GPU), cpu (under ten minutes on two cores), smoke. Ends
-in result.json and figure.png.
+equally many updates. Presets: paper (one GPU), cpu (one seed in under ten minutes on two cores),
+smoke. Ends in result.json and figure.png.
 """
 import argparse
 import math

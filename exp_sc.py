@@ -13,8 +13,8 @@ to a training image (DIF below 0.1) by others improves FID and DIF "by a large m
     python exp_sc.py --dataset cifar10
 
 Arms: vanilla, sc, pcr, sc+pcr of rectangles; vanilla, sc and the control random of photographs.
-Presets: paper (one GPU), cpu (all arms of a data set in under ten minutes on two cores; rectangles
-at 16 px), smoke. Ends in result.json and figure.png.
+Presets: paper (one GPU), cpu (all arms of a data set, one seed, in some ten minutes on two cores;
+rectangles at 16 px), smoke. Ends in result.json and figure.png.
 """
 import argparse
 import time

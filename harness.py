@@ -205,7 +205,7 @@ def open_run(folder, cfg, resume, sweep=False):
         try:
             old = json.loads(path.read_text())
             differ = differences(old["flags"], cfg)
-            made += [commit for commit in old["git"] if commit not in made]
+            made += [commit for commit in commits(old) if commit not in made]
         except (json.JSONDecodeError, KeyError):
             raise UserError(f"{path} is damaged: choose another --name") from None
         if differ:
@@ -219,6 +219,12 @@ def open_run(folder, cfg, resume, sweep=False):
     if sweep and dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def commits(config):
+    """The commits that a run was started and gone on with at, from its config.json."""
+    made = config.get("git") or []
+    return [made] if isinstance(made, str) else made
 
 
 def versions():
@@ -253,7 +259,7 @@ def write_result(folder, script, cfg, device, start, rows, paper):
                     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                     "device": f"{device.type}: {chip(device)}, {cores()} cores, "
                               f"{torch.get_num_threads()} threads",
-                    **versions(), "git": sorted({c for run in made for c in run["git"]}),
+                    **versions(), "git": sorted({c for run in made for c in commits(run)}),
                     "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": cfg})
     write_json(folder / "result.json", result)
     return result

@@ -137,24 +137,28 @@ def photographs(lines):
     for name in [n for n in COMMANDS if n.startswith("exp_pcr_natural/")]:
         if result := read(name):
             (dataset, model), rows = name.split("/")[1].split("-"), result["rows"]
-            paper = result["paper"][f"{dataset}, {model}"]
-            for key, score in (("end_fid", rows[0]["end_score"]), ("best_fid", rows[0]["score"])):
-                fids = {a: values(rows, key, arm=a) for a in ("vanilla", "pcr", "dup", "mixup")}
-                name = score.replace("*", r"\*")
-                mine, others = spread(fids["pcr"]), [spread(fids[a]) for a in ("dup", "mixup")]
-                over = [verdict(fids["pcr"], fids[a], higher=False) for a in ("dup", "mixup")]
-                lines.append(("Table 1", f"{dataset}, {model}: {name}, vanilla → pcr; controls: "
-                              "extra plain fakes, uneven mixes",
-                              f"{paper['vanilla']} → {paper['pcr']}" * (key == "end_fid"),
-                              f"{spread(fids['vanilla'])} → {mine}; {', '.join(others)}, "
-                              f"n={len(fids['pcr'])}",
-                              f"{verdict(fids['pcr'], fids['vanilla'], higher=False)}; better than "
-                              f"its controls: {all_of(*over)}"))
-            grey = [f"{mean(values(rows, 'contrast', arm=a)):.0f}" for a in fids]
+            paper, kind = result["paper"][f"{dataset}, {model}"], rows[0]["end_score"]
+            kind, early = kind.replace("*", r"\*"), label(rows[0])
+            arms = [a for a in ("vanilla", "pcr", "dup", "mixup", "matched")
+                    if values(rows, "arm", arm=a)]
+            for what, of in ((kind, lambda r: r["end_fid"]),
+                             (kind.replace("FID", "KID"), lambda r: r["end_kid"]),
+                             (early, lambda r: r["fid_curve"][-1][2])):
+                ends = {a: [of(r) for r in rows if r["arm"] == a] for a in arms}
+                over = [verdict(ends["pcr"], ends[a], higher=False) for a in ("dup", "mixup")]
+                lines.append(("Table 1", f"{dataset}, {model}: {what}, vanilla → pcr; "
+                              f"controls {', '.join(arms[2:])}",
+                              f"{paper['vanilla']} → {paper['pcr']}" * (what == kind),
+                              f"{spread(ends['vanilla'])} → {spread(ends['pcr'])}; "
+                              f"{', '.join(spread(ends[a]) for a in arms[2:])}, "
+                              f"n={min(map(len, ends.values()))}",
+                              f"{verdict(ends['pcr'], ends['vanilla'], higher=False)}; better than "
+                              f"dup and mixup: {all_of(*over)}"))
             lines.append(("Table 1", f"{dataset}, {model}: contrast of photographs, of averages; "
-                          "of fakes: vanilla, pcr, extra plain fakes, uneven mixes", "not tried",
+                          f"of fakes: {', '.join(arms)}", "not tried",
                           f"{rows[0]['contrast_real']:.0f}, {rows[0]['contrast_average']:.0f}; "
-                          + ", ".join(grey), ""))
+                          + ", ".join(f"{mean(values(rows, 'contrast', arm=a)):.0f}" for a in arms),
+                          ""))
     lines.append(("Table 1", "CelebA and ImageNet", "up to 30% better", "not run", ""))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_sample_insufficiency/{dataset}"):
@@ -228,7 +232,10 @@ def provenance():
     lines = ["# Results", "", "Made by `python results/table.py --write`; add `--data-dir` to the "
              "commands, or set `GAN_DATA`. `git`: the commits that the runs were started at. "
              "`seconds`: of the last session, where a run was gone on with. "
-             "All ran on the same machine (`x86_64`: not written down as closely then).", "",
+             "All ran on the same machine (`x86_64`: not written down as closely then). The runs "
+             "of exp_pcr_natural were trained at the first commit named; for the scores at the "
+             "end, added at the second, its new flag was written into their configurations, and "
+             "the name of the network into their rows.", "",
              "| folder | command | seeds | device | date | seconds | git |",
              "|---|---|---|---|---|---|---|"]
     for name, command in COMMANDS.items():
