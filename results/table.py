@@ -28,7 +28,7 @@ COMMANDS = {  # a folder here, and the command whose run folder it came from
     "exp_sample_insufficiency/cifar10":
         "python exp_sample_insufficiency.py --dataset cifar10 --preset cpu",
     "exp_sample_insufficiency/celeba":
-        "python exp_sample_insufficiency.py --dataset celeba --preset cpu",
+        "python exp_sample_insufficiency.py --dataset celeba --preset cpu --seeds 0 1 2",
     **{f"exp_pcr_natural/cifar10-{m}": f"python exp_pcr_natural.py --model {m} --dataset cifar10 "
        f"--preset cpu --arms vanilla pcr dup mixup{more} --seeds 0 1 2"
        for m, more in (("wgangp", " matched"), ("lsgan", ""), ("sagan", ""))},
@@ -167,12 +167,15 @@ def photographs(lines):
             seen = max(values(rows, "images_seen"))
             ends = {(r["batch"], r["seed"]): r["fid"] for r in rows if r["arm"] == "vanilla"}
             last = {b: [v for (size, _), v in ends.items() if size == b] for b in sizes}
-            means, word = [mean(last[b]) for b in sizes], verdict(last[sizes[-1]], last[sizes[0]],
-                                                                  higher=False)
+            word = verdict(last[sizes[-1]], last[sizes[0]], higher=False)
             lines.append(("Figure 2, right", f"{dataset}: {rows[0]['score']} after {seen:,} "
                           f"images, batch {', '.join(map(str, sizes))}",
-                          "the larger the better", ", ".join(f"{m:.3g}" for m in means)
-                          + f" (n={len(last[sizes[0]])})", word))
+                          "the larger the better", ", ".join(spread(last[b]) for b in sizes)
+                          + f", n={len(last[sizes[0]])}", word))
+            cures = [[r["fid"] for r in rows if r["arm"] == a and r["images_seen"] == seen]
+                     for a in ("ema", "r1", "optimistic")]
+            lines.append(("Figure 2, right", f"{dataset}: the same at batch {sizes[0]} with EMA, R1, "
+                          "optimistic steps", "not tried", ", ".join(map(spread, cures)), ""))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_pixel_combination/{dataset}"):
             rows = result["rows"]
@@ -198,8 +201,7 @@ def photographs(lines):
                 n_train = result["config"]["n_train"]
                 lines.append(("Figure 5", f"{dataset}, {n_train} images: {what}; vanilla, sc, "
                               "random replacement", "sc far better",
-                              ", ".join(f"{mean(v):.3g}" for v in ends.values())
-                              + f" (n={len(ends['sc'])})",
+                              f"{', '.join(map(spread, ends.values()))}, n={len(ends['sc'])}",
                               all_of(*(verdict(ends["sc"], ends[a], higher=False)
                                        for a in ("vanilla", "random")))))
 
