@@ -174,8 +174,8 @@ def photographs(lines):
                           + f", n={len(last[sizes[0]])}", word))
             cures = [[r["fid"] for r in rows if r["arm"] == a and r["images_seen"] == seen]
                      for a in ("ema", "r1", "optimistic")]
-            lines.append(("Figure 2, right", f"{dataset}: the same at batch {sizes[0]} with EMA, R1, "
-                          "optimistic steps", "not tried", ", ".join(map(spread, cures)), ""))
+            lines.append(("Figure 2, right", f"{dataset}: the same at batch {sizes[0]} with EMA, "
+                          "R1, optimistic steps", "not tried", ", ".join(map(spread, cures)), ""))
     for dataset in ("celeba", "cifar10"):
         if result := read(f"exp_pixel_combination/{dataset}"):
             rows = result["rows"]
