@@ -21,7 +21,7 @@ COMMANDS = {  # a folder here, and the command whose run folder it came from
     "exp_sc/celeba": "python exp_sc.py --dataset celeba --preset cpu",
     "exp_pixel_combination/geometry": "python exp_pixel_combination.py --preset cpu --seeds 0 1 2",
     "exp_pixel_combination/cifar10":
-        "python exp_pixel_combination.py --dataset cifar10 --preset cpu",
+        "python exp_pixel_combination.py --dataset cifar10 --preset cpu --seeds 0 1 2",
     "exp_pixel_combination/celeba": "python exp_pixel_combination.py --dataset celeba --preset cpu",
     "exp_sample_insufficiency/geometry":
         "python exp_sample_insufficiency.py --preset cpu --seeds 0 1 2",
@@ -186,11 +186,11 @@ def photographs(lines):
                 "images than to any; generated, held-out", "generated ones are averages",
                 f"{percent(fake)}, {100 * real[0]:.0f}%",
                 "holds" if mean(fake) > 0.5 > mean(real) else "**no**: photographs are, too"))
-            sets = [values(rows, "fid", method=m) for m in ("gam", "vanilla", "held-out")]
+            sets = [values(rows, "fid", method=m) for m in ("gam", "vanilla", "pcr", "held-out")]
             lines.append((
                 "Figure 4", f"{dataset}: {values(rows, 'score', method='gam')[0]} of averages of "
-                "neighbours, of the GAN, of held-out images", "GAM and GAN comparable",
-                ", ".join(f"{mean(v):.2g}" for v in sets) + f" (n={len(sets[1])})",
+                "neighbours, of the GAN, of it with pcr, of held-out images",
+                "GAM and GAN comparable", f"{', '.join(map(spread, sets))}, n={len(sets[1])}",
                 "not decided: the GAN is small"))
     for dataset in ("cifar10", "celeba"):
         if result := read(f"exp_sc/{dataset}"):
