@@ -18,7 +18,7 @@ FIRST, LAST = "<!-- results: made by results/table.py -->", "<!-- end of results
 COMMANDS = {  # a folder here, and the command whose run folder it came from
     "exp_sc/geometry": "python exp_sc.py --preset cpu --seeds 0 1 2",
     "exp_sc/cifar10": "python exp_sc.py --dataset cifar10 --preset cpu --seeds 0 1 2",
-    "exp_sc/celeba": "python exp_sc.py --dataset celeba --preset cpu",
+    "exp_sc/celeba": "python exp_sc.py --dataset celeba --preset cpu --seeds 0 1 2",
     "exp_pixel_combination/geometry": "python exp_pixel_combination.py --preset cpu --seeds 0 1 2",
     "exp_pixel_combination/cifar10":
         "python exp_pixel_combination.py --dataset cifar10 --preset cpu --seeds 0 1 2",
