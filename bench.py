@@ -147,7 +147,7 @@ class Flops(TorchDispatchMode):
 def configure(model, preset, device, size=32, **changes):
     """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide.
 
-    At least 32 channels wide: on narrower nets one would time Python.
+    The preset `cpu` with 32 channels, as the README's tables have it.
     """
     args = natural.flags().parse_args(["--model", model, "--preset", preset, "--size", str(size),
                                        *(["--width", "32"] if preset == "cpu" else [])])

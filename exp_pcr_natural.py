@@ -57,7 +57,7 @@ PRESETS = {
         n_fid=10_000, n_real=None, dims=2048, end_dims=2048, checks=10, log_every=100),
     # DEVIATION: sized for two cores: 32 px, a quarter of the width, half the batch, larger steps,
     # few of them (CPU_STEPS), and while training the distance of 192 early features, which few
-    # images determine and which is four times as fast. The paper's 2048 at the end alone.
+    # images determine and which is three times as fast. The paper's 2048 at the end alone.
     "cpu": dict(size=32, batch=32, width=16, lr_g=5e-4, lr_d=5e-4, n_fid=256, n_real=1024,
                 dims=192, checks=4, log_every=20),
     "smoke": dict(
@@ -174,8 +174,7 @@ def contrast(x):
 
 
 def evaluate(cfg, folder, trainer, images, protocol):
-    """The result row of a finished run: best checkpoint, whole curve; score, contrast at the end.
-    """
+    """The row of a finished run: best checkpoint, whole curve, score and contrast at the end."""
     scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "fid" in r]
     best = min(scored, key=lambda r: r["fid"])
     row = {"dataset": str(cfg.dataset), "model": cfg.model, "arm": cfg.arm, "seed": cfg.seed,

@@ -251,7 +251,8 @@ def announce(configs, dry_run):
 
 def write_result(folder, script, cfg, device, start, rows, paper):
     """result.json: what was measured since `start`, the paper's numbers, what was asked for, and
-    what it was made with: versions, commit, hashes of the training images."""
+    what it was made with: versions, commits, hashes of the training images; not where on the disk.
+    """
     made = [read_json(p) for p in (folder / "config.json", *folder.glob("*/config.json"))]
     hashes = {run["flags"].get("data_hash", "") for run in made}
     result = plain({"script": script, "preset": cfg.preset,
@@ -260,7 +261,8 @@ def write_result(folder, script, cfg, device, start, rows, paper):
                     "device": f"{device.type}: {chip(device)}, {cores()} cores, "
                               f"{torch.get_num_threads()} threads",
                     **versions(), "git": sorted({c for run in made for c in commits(run)}),
-                    "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": cfg})
+                    "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": {
+                        k: v for k, v in vars(cfg).items() if k not in ("outdir", "data_dir")}})
     write_json(folder / "result.json", result)
     return result
 

@@ -51,9 +51,9 @@ def mean(numbers):
     return sum(numbers) / len(numbers)
 
 
-def label(row):
+def label(score):
     """The name of a score, safe in Markdown."""
-    return row["score"].replace("*", r"\*")
+    return score.replace("*", r"\*")
 
 
 def verdict(better, worse, higher=True):
@@ -137,8 +137,8 @@ def photographs(lines):
     for name in [n for n in COMMANDS if n.startswith("exp_pcr_natural/")]:
         if result := read(name):
             (dataset, model), rows = name.split("/")[1].split("-"), result["rows"]
-            paper, kind = result["paper"][f"{dataset}, {model}"], rows[0]["end_score"]
-            kind, early = kind.replace("*", r"\*"), label(rows[0])
+            paper = result["paper"][f"{dataset}, {model}"]
+            kind, early = label(rows[0]["end_score"]), label(rows[0]["score"])
             arms = [a for a in ("vanilla", "pcr", "dup", "mixup", "matched")
                     if values(rows, "arm", arm=a)]
             for what, of in ((kind, lambda r: r["end_fid"]),
@@ -196,7 +196,7 @@ def photographs(lines):
         if result := read(f"exp_sc/{dataset}"):
             rows = [r for r in result["rows"] if r["part"] == "sc_natural"]
             last = max(values(rows, "step"))
-            for key, what in (("fid", label(rows[0])), ("dif", "DIF")):
+            for key, what in (("fid", label(rows[0]["score"])), ("dif", "DIF")):
                 ends = {a: values(rows, key, arm=a, step=last) for a in ("vanilla", "sc", "random")}
                 n_train = result["config"]["n_train"]
                 lines.append(("Figure 5", f"{dataset}, {n_train} images: {what}; vanilla, sc, "
