@@ -5,15 +5,17 @@
 With no part named all five, about half an hour on two cores. A number is the median of `--repeats`
 timings, its quartiles beside it. What is compared takes turns, A B A B, so that noise hits all;
 `time_ratio` is the median, over the turns, of its time to that of the first of its group. A share
-of the peak is FLOPs, counted, against a large float32 matmul on the same device and threads.
+of the peak is counted FLOPs against a large float32 matmul on the same device and threads.
 `--peers` times other tools beside it, where installed: see bench_peers.py.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -36,12 +38,11 @@ import geometry
 import harness
 import theory_sde
 
-TABLE = {32: 6, 64: 12}     # runs of a model in Table 1, by pixels: data sets x 2 arms x 3 seeds
-CPU = dict(     # seconds of a timing at least, of runs together; cells; sizes and counts of images
+ARMS = {"eager": "vanilla", "eager pcr": "pcr"}
+CPU = dict(     # seconds of a timing at least, of runs side by side; cells; sizes and counts
     repeats=5, least=0.05, window=10, models=[*natural.MODELS], presets=["paper", "cpu"],
     sizes=[32], jobs=[1, 2, 4, 8], matmul=2048, images=16, dims=[64, 192, 768, 2048], drawn=25_600,
-    cars={"eager": {}, "eager pcr": {"arm": "pcr"}, "graph": {"engine": "graph"},
-          "compile": {"engine": "compile"}}, paths=65_536, growth_preset="cpu",
+    paths=65_536, growth_preset="cpu",
     growth={"size": [16, 32, 64, 128], "batch": [16, 32, 64, 128],
             "n_train": [1_000, 10_000, 100_000], "n_fid": [50, 100, 200]})
 CUDA = CPU | dict(
@@ -50,8 +51,8 @@ CUDA = CPU | dict(
             "n_train": [10_000, 100_000, 1_000_000], "n_fid": [1_000, 10_000, 50_000]})
 SMOKE = CPU | dict(
     repeats=2, least=0, window=0.1, models=["wgangp"], presets=["smoke"], jobs=[2], matmul=128,
-    images=2, dims=[64], drawn=64, cars={"eager": {}, "eager pcr": {"arm": "pcr"}}, paths=1_000,
-    growth_preset="smoke", growth={"batch": [4], "n_fid": [2]})
+    images=2, dims=[64], drawn=64, paths=1_000, growth_preset="smoke",
+    growth={"batch": [4], "n_fid": [2]})
 
 
 class Bench:
@@ -63,29 +64,30 @@ class Bench:
         self.__dict__ |= SMOKE if args.smoke else CUDA if device.type == "cuda" else CPU
         self.repeats = args.repeats or self.repeats
 
-    def race(self, cars):
-        """Seconds of each function of {name: fn}, warmed up, in turns -> {name: (repeats,)}."""
+    def time_in_turns(self, functions):
+        """Seconds of each function of {name: function}, warmed up -> {name: (repeats,)}."""
         clock = {"wall": time.perf_counter, "cpu": time.process_time}[self.args.clock]
 
-        def seconds(fn, calls=1):
+        def seconds(function, calls=1):
             synchronize(self.device)
             start = clock()
             for _ in range(calls):
-                fn()
+                function()
             synchronize(self.device)
             return max(clock() - start, 1e-9) / calls
 
         calls = {}
-        for name, fn in cars.items():
+        for name, function in functions.items():
             with self.attempt(name):
-                calls[name] = 1 if seconds(fn) > 1 else max(1, round(self.least / seconds(fn)))
-        turns = [{name: seconds(cars[name], n) for name, n in calls.items()}
+                warm_up = seconds(function)
+                calls[name] = 1 if warm_up > 1 else max(1, round(self.least / seconds(function)))
+        turns = [{name: seconds(functions[name], n) for name, n in calls.items()}
                  for _ in range(self.repeats)]
         return {name: np.array([turn[name] for turn in turns]) for name in calls}
 
     @contextlib.contextmanager
     def attempt(self, name):
-        """Go on without what fails in here, and say why: an engine or a tool may fail anyhow."""
+        """Go on without what fails in here, and say why: a tool may fail in any way."""
         try:
             yield
         except Exception as error:
@@ -94,30 +96,30 @@ class Bench:
 
     def peers(self, kind, *args):
         """{tool: function} of those installed, with --peers; imported here and nowhere else."""
-        cars = {}
+        functions = {}
         if self.args.peers:
             import bench_peers
             for tool, build in getattr(bench_peers, kind).items():
                 with self.attempt(f"{tool}, {kind}"):
-                    cars |= {tool: fn} if (fn := build(*args)) else {}
+                    functions |= {tool: function} if (function := build(*args)) else {}
                     self.versions[tool] = importlib.metadata.version(tool)
-        return cars
+        return functions
 
     def row(self, part, name, unit, values, **more):
         """Keep a number, the median of `values`, and print it with its quartiles."""
         low, value, high = (float(v) for v in np.percentile(values, [25, 50, 75]))
         self.rows.append({"part": part, "name": name, "unit": unit, "value": value, "low": low,
-                          "high": high, "repeats": np.size(values), **harness.plain(more)})
+                          "high": high, "repeats": np.size(values), **harness.to_jsonable(more)})
         print(f"{part:8s} {name:48s} {value:9.4g} {unit:12s} {low:9.4g} to {high:<9.4g}", "  ".join(
             f"{k} {v:.4g}" for k, v in more.items()))
 
-    def rates(self, part, name, unit, amount, cars, more=lambda car, seconds: {}):
-        """Race, and a row for each car: `amount` a second, and its time to the first one's."""
-        times = self.race(cars)
-        for car, t in times.items():
+    def rates(self, part, name, unit, amount, functions, more=lambda which, seconds: {}):
+        """A row for each function, timed in turns: `amount` a second, its time to the first's."""
+        times = self.time_in_turns(functions)
+        for which, t in times.items():
             ratio = np.median(t / next(iter(times.values())))
-            self.row(part, f"{name} {car}", unit, amount / t, time_ratio=float(ratio),
-                     **more(car, float(np.median(t))))
+            self.row(part, f"{name} {which}", unit, amount / t, time_ratio=float(ratio),
+                     **more(which, float(np.median(t))))
         return times
 
 
@@ -145,96 +147,81 @@ class Flops(TorchDispatchMode):
 
 
 def configure(model, preset, device, size=32, **changes):
-    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide.
-
-    The preset `cpu` with 32 channels, as the README's tables have it.
-    """
-    args = natural.flags().parse_args(["--model", model, "--preset", preset, "--size", str(size),
-                                       *(["--width", "32"] if preset == "cpu" else [])])
-    cfg = vars(natural.configure(args, model, "cifar10", device))
-    return argparse.Namespace(**{**cfg, "seed": 0, "arm": "vanilla", "device": str(device),
-                                 "n_train": 10_000, "weights": None, **changes})
+    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide. The preset `cpu`
+    has 32 channels here, as the tables of speed have it."""
+    width = ["--width", "32"] if preset == "cpu" else []
+    args = natural.flags().parse_args(["--preset", preset, "--size", str(size), *width])
+    return argparse.Namespace(**vars(natural.configure(args, model, "cifar10")) | {
+        "seed": 0, "arm": "vanilla", "device": device, "n_train": 10_000, "weights": None,
+        **changes})
 
 
 def make(cfg):
     """The trainer of a cell. What an update costs does not depend on what the images show."""
     images = torch.randint(256, (cfg.n_train, cfg.channels, cfg.size, cfg.size), dtype=torch.uint8)
-    trainer = core.Trainer(cfg, images, torch.device(cfg.device), natural.ARMS[cfg.arm])
-    if cfg.engine == "graph":
-        trainer.capture()
-    return trainer
+    return core.Trainer(cfg, images.to(cfg.device), *natural.networks(cfg), natural.ARMS[cfg.arm])
 
 
 def train(b):
-    """Updates of G per second by model, preset, engine and arm; then runs per hour."""
-    a, most = torch.randn(b.matmul, b.matmul, device=b.device), {}
-    flops, cars = 2 * b.matmul ** 3, {"matmul": lambda: a @ a}
-    times = b.rates("train", f"float32, {b.matmul} wide", "FLOP/s", flops, cars)
-    peak = flops / np.median(times["matmul"])
+    """Updates of G per second by model, preset and arm; then runs per hour, side by side."""
+    a, work = torch.randn(b.matmul, b.matmul, device=b.device), 2 * b.matmul ** 3
+    times = b.rates("train", f"float32, {b.matmul} wide", "FLOP/s", work, {"matmul": lambda: a @ a})
+    peak = work / np.median(times["matmul"])
     for model, preset, size in itertools.product(b.models, b.presets, b.sizes):
         cell, name = (model, preset, b.device, size), f"{model} {preset}, {size} px,"
-        cfg, cars, flops = configure(*cell), {}, {}
-        for car, changes in b.cars.items():
-            with b.attempt(f"{name} {car}"):
-                cars[car] = make(configure(*cell, **changes)).update
-                if "eager" in car:
-                    with Flops() as counter:
-                        cars[car]()
-                    flops[car] = counter.total
-        cars |= b.peers("TRAIN", make(cfg))
-        times = b.rates("train", name, "G steps/s", 1, cars, lambda car, t, n=cfg.n_dis, f=flops: {
+        cfg, functions, flops = configure(*cell), {}, {}
+        for arm, loss in ARMS.items():
+            functions[arm] = make(configure(*cell, arm=loss)).update
+            with Flops() as counter:
+                functions[arm]()
+            flops[arm] = counter.total
+        functions |= b.peers("TRAIN", make(cfg))
+        b.rates("train", name, "G steps/s", 1, functions, lambda arm, t, n=cfg.n_dis, f=flops: {
             "d_steps_per_s": n / t,
-            **({"peak_percent": 100 * f[car] / t / peak} if car in f else {})})
-        for engine, jobs in itertools.product({"eager", "graph"} & times.keys(), b.jobs):
+            **({"peak_percent": 100 * f[arm] / t / peak} if arm in f else {})})
+        for jobs in b.jobs:
             share = max(1, harness.cores() // jobs)
-            rows = apart(b, [configure(*cell, engine=engine, arm="pcr", threads=share)] * jobs)
-            hourly = 3600 / cfg.steps * sum(row["rate"] for row in rows)
-            most[model, preset, size] = max(hourly, most.get((model, preset, size), 0))
-            b.row("train", f"{name} {engine} pcr, {jobs} together", "runs/hour", hourly,
-                  mib_each=max(row["mib"] for row in rows))
-    table = {(model, "paper", size): n for model in natural.MODELS for size, n in TABLE.items()}
-    if table.keys() <= most.keys():
-        b.row("train", "Table 1, 54 runs, all with PCR, no scores", "hours",
-              sum(n / most[cell] for cell, n in table.items()))
+            with b.attempt(f"{name} {jobs} together"):
+                found = side_by_side(b, [configure(*cell, arm="pcr", threads=share)] * jobs)
+                b.row("train", f"{name} eager pcr, {jobs} together", "runs/hour",
+                      3600 / cfg.steps * sum(one["rate"] for one in found),
+                      mib_each=max(one["mib"] for one in found))
 
 
-def apart(b, cells):
-    """Run cells at once as a sweep does, a process each -> their {rate, mib, mib_before}."""
-    with tempfile.TemporaryDirectory() as folder:
-        return harness.run_all(busy, [
-            (argparse.Namespace(**vars(cfg), together=len(cells), window=b.window),
-             Path(folder) / str(i)) for i, cfg in enumerate(cells)], max(2, len(cells)), b.device)
+def side_by_side(b, cells):
+    """Run cells at once, each in a new process -> their {rate, mib, mib_before}."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, \
+            concurrent.futures.ProcessPoolExecutor(len(cells), spawn) as pool:
+        all_ready = manager.Barrier(len(cells), timeout=300)    # else one that died stops all
+        return list(pool.map(time_alone, cells, [b.window] * len(cells), [all_ready] * len(cells)))
 
 
-def busy(cfg, folder):
-    """What each does: train, or score if it has cfg.weights, and time it while all are at it."""
+def time_alone(cfg, window, all_ready):
+    """Train, or score where cfg.weights is given, and time it once all processes are ready."""
     torch.set_num_threads(cfg.threads)
-    trainer, device, n = make(cfg), torch.device(cfg.device), 0
+    trainer, device, n = make(cfg), cfg.device, 0
     act, before = trainer.update, peak_mib(device)
     if cfg.weights:
         net = fid.load_inception(dims=cfg.dims, weights=cfg.weights, device=device)
         real = fid.Statistics.of(torch.zeros(cfg.dims), torch.eye(cfg.dims), cfg.n_fid)
 
         def act():
-            fakes = core.generate(trainer.G, cfg.n_fid, cfg.z_dim)
+            fakes = core.generate(trainer.G, trainer.latents(cfg.n_fid))
             fid.score(net, real, None, fakes, with_kid=False)
 
     act()
-    folder.mkdir()
-    (folder / "warm").touch()
-    wait = time.perf_counter() + 300    # one that died in its warm-up must not keep the others
-    while len(list(folder.parent.glob("*/warm"))) < cfg.together and time.perf_counter() < wait:
-        act()
+    all_ready.wait()
     synchronize(device)
     start = time.perf_counter()
-    while n < 2 or time.perf_counter() - start < cfg.window:
+    while n < 2 or time.perf_counter() - start < window:
         act()
         n += 1
         if n % 10 == 0 or device.type == "cpu":
             synchronize(device)
     synchronize(device)
-    harness.write_json(folder / "row.json", {"rate": n / (time.perf_counter() - start),
-                                             "mib": peak_mib(device), "mib_before": before})
+    return {"rate": n / (time.perf_counter() - start), "mib": peak_mib(device),
+            "mib_before": before}
 
 
 def peak_mib(device):
@@ -267,12 +254,12 @@ def frechet(b):
             plain = torch.nn.Sequential(*copy.deepcopy(net).children())
             plain.to(memory_format=torch.contiguous_format)
             bf16 = torch.autocast(b.device.type, torch.bfloat16)
-            cars = {"fid.py": lambda net=net: net(x), "default memory format":
-                    lambda net=plain: net(fid.resized(x, "pytorch-fid"))}
+            functions = {"fid.py": lambda net=net: net(x), "default memory format":
+                         lambda net=plain: net(fid.resized(x))}
             if pays:    # no matter how slow, but not again
-                cars["bf16 autocast"] = bf16(lambda net=net: net(x))
+                functions["bf16 autocast"] = bf16(lambda net=net: net(x))
             times = b.rates("fid", f"{dims} features,", "images/s", len(x), {
-                **cars, **(b.peers("FEATURES", weights, x) if dims == 2048 else {})})
+                **functions, **(b.peers("FEATURES", weights, x) if dims == 2048 else {})})
             pays = bool((times.get("bf16 autocast", np.inf) < times["fid.py"]).mean() > 0.5)
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     flags = [f"--{name}" for name in ("peers", "smoke") if getattr(b.args, name)]
@@ -287,7 +274,7 @@ def frechet(b):
 
 def distance(b):
     """Seconds of the distance between two sets of random features, and what comes out."""
-    dims, gen, sides, found = b.dims[-1], harness.generator(0, "cpu"), [], {}
+    dims, gen, sides, found = b.dims[-1], core.generator(0), [], {}
     mix = torch.randn(dims, dims, generator=gen) / dims ** 0.5
     for _ in range(2):
         stats = fid.Statistics(dims)
@@ -299,10 +286,10 @@ def distance(b):
         root = scipy.linalg.sqrtm(cov1 @ cov2).real
         return ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
 
-    cars = {"fid.py": lambda: fid.frechet_distance(*sides), "scipy sqrtm": textbook,
-            **b.peers("DISTANCE", arrays, sides)}
-    times = b.race({name: lambda name=name, fn=fn: found.update({name: float(fn())})
-                    for name, fn in cars.items()})
+    functions = {"fid.py": lambda: fid.frechet_distance(*sides), "scipy sqrtm": textbook,
+                 **b.peers("DISTANCE", arrays, sides)}
+    times = b.time_in_turns({name: lambda name=name, f=f: found.update({name: float(f())})
+                             for name, f in functions.items()})
     for name, t in times.items():
         b.row("fid", f"distance of {dims} features, one thread, {name}", "s", t, time_ratio=float(
             np.median(t / times["fid.py"])), distance=found[name])
@@ -336,10 +323,11 @@ def growth(b):
     with tempfile.TemporaryDirectory() as folder:
         score = {"weights": weights_file(b.args.data_dir, folder), "dims": b.dims[-1]}
         for what, value in ((what, v) for what, values in b.growth.items() for v in values):
-            row, = apart(b, [configure(
-                "wgangp", b.growth_preset, b.device, threads=torch.get_num_threads(),
-                **{what: value}, **(score if what == "n_fid" else {}))])
-            b.row("growth", f"{what} {value}", "s", 1 / row.pop("rate"), **row)
+            with b.attempt(f"growth, {what} {value}"):
+                found, = side_by_side(b, [configure(
+                    "wgangp", b.growth_preset, b.device, threads=torch.get_num_threads(),
+                    **{what: value}, **(score if what == "n_fid" else {}))])
+                b.row("growth", f"{what} {value}", "s", 1 / found.pop("rate"), **found)
 
 
 # ------------------------------------------------------------------------------------------ run
@@ -363,10 +351,10 @@ def main(argv=None):
     p.add_argument("--data-dir", type=Path, default=data.DATA_DIR, help="may hold FID's weights")
     args = p.parse_args(argv)
     device, start, load = harness.pick_device(args.device), time.time(), os.getloadavg()
-    if min(args.repeats or 1, args.threads or 1) < 1:
-        raise harness.UserError("--repeats and --threads: must be at least 1")
+    if any(n is not None and n < 1 for n in (args.repeats, args.threads)):
+        raise core.UserError("--repeats and --threads: must be at least 1")
     if args.clock == "cpu" and device.type == "cuda":
-        raise harness.UserError("--clock cpu: sees nothing of a GPU; take --clock wall")
+        raise core.UserError("--clock cpu: sees nothing of a GPU; take --clock wall")
     if args.threads:
         torch.set_num_threads(args.threads)
     b = Bench(args, device)

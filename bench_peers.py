@@ -5,6 +5,8 @@ want torchvision; where pip has no CPU build of it, `pip install --no-deps torch
 network definitions, which is all that is timed. Weights are handed over, never downloaded.
 """
 import copy
+from functools import partial
+from importlib import import_module
 
 import torch
 
@@ -23,7 +25,7 @@ def copies(trainer):
                               for net in (trainer.G, trainer.D)]
     for net in nets:
         for i, layer in enumerate(net):
-            if isinstance(layer, getattr(core, "LeakyReLU", ())):
+            if isinstance(layer, core.LeakyReLU):
                 net[i] = torch.nn.LeakyReLU(0.2)
     opts = [torch.optim.Adam(net.parameters(), lr, (cfg.beta1, cfg.beta2))
             for net, lr in zip(nets, (cfg.lr_g, cfg.lr_d))]
@@ -74,31 +76,31 @@ def mimicry(trainer):
 # ------------------------------------------------- features: uint8 (B, 3, H, W) -> floats (B, 2048)
 
 
+def inception(module, weights, x, **how):
+    """The network of pytorch-fid, or of clean-fid, which has it too, with our weights."""
+    module = import_module(module)
+    module.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
+    return module.InceptionV3([3], **how).eval().to(x.device)
+
+
 def pytorch_fid(weights, x):
-    from pytorch_fid import inception
-    inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
-    net = inception.InceptionV3([3]).eval().to(x.device)
+    net = inception("pytorch_fid.inception", weights, x)
     return lambda: net(x / 255)[0].flatten(1)
 
 
-def torch_fidelity(weights, x):
-    from torch_fidelity import FeatureExtractorInceptionV3
-    net = FeatureExtractorInceptionV3("2015", ["2048"], str(weights)).to(x.device)
-    return lambda: net(x)[0]
-
-
-def torchmetrics(weights, x):
-    from torchmetrics.image.fid import NoTrainInceptionV3
-    net = NoTrainInceptionV3("2015", ["2048"], str(weights)).to(x.device)
-    return lambda: net(x)
+def extractor(path):
+    """The builder for a network, torch-fidelity's or torchmetrics', that takes a weights file."""
+    def build(weights, x):
+        module, name = path.split(":")
+        return partial(getattr(import_module(module), name)(
+            "2015", ["2048"], str(weights)).to(x.device), x)
+    return build
 
 
 def clean_fid(weights, x):
     """With its resizing, image by image. The form of the network that needs no other download."""
-    from cleanfid import inception_pytorch, resize
-    inception_pytorch.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
-    net = inception_pytorch.InceptionV3([3], resize_input=False).eval().to(x.device)
-    resizer = resize.build_resizer("clean")
+    net = inception("cleanfid.inception_pytorch", weights, x, resize_input=False)
+    resizer = import_module("cleanfid.resize").build_resizer("clean")
 
     def run():
         big = [torch.tensor(resizer(image).transpose(2, 0, 1))      # in the default memory format
@@ -110,29 +112,21 @@ def clean_fid(weights, x):
 # ------------------------------------------- distance of (mu1, cov1, mu2, cov2): arrays, or tensors
 
 
-def pytorch_fid_distance(arrays, tensors):
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    return lambda: calculate_frechet_distance(*arrays)
-
-
-def clean_fid_distance(arrays, tensors):
-    from cleanfid.fid import frechet_distance
-    return lambda: frechet_distance(*arrays)
-
-
 def torch_fidelity_distance(arrays, tensors):
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
     one, two = ({"mu": mu, "sigma": cov} for mu, cov in (arrays[:2], arrays[2:]))
-    return lambda: fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID]
-
-
-def torchmetrics_distance(arrays, tensors):
-    from torchmetrics.image.fid import _compute_fid
-    return lambda: _compute_fid(*tensors)
+    return lambda: fid_statistics_to_metric(one, two, False)["frechet_inception_distance"]
 
 
 TRAIN = {"torchgan": torchgan, "torch-mimicry": mimicry}
-FEATURES = {"pytorch-fid": pytorch_fid, "torch-fidelity": torch_fidelity,
-            "torchmetrics": torchmetrics, "clean-fid": clean_fid}
-DISTANCE = {"pytorch-fid": pytorch_fid_distance, "clean-fid": clean_fid_distance,
-            "torch-fidelity": torch_fidelity_distance, "torchmetrics": torchmetrics_distance}
+FEATURES = {"pytorch-fid": pytorch_fid, "clean-fid": clean_fid,
+            "torch-fidelity": extractor("torch_fidelity:FeatureExtractorInceptionV3"),
+            "torchmetrics": extractor("torchmetrics.image.fid:NoTrainInceptionV3")}
+DISTANCE = {
+    "pytorch-fid": lambda arrays, tensors: partial(
+        import_module("pytorch_fid.fid_score").calculate_frechet_distance, *arrays),
+    "clean-fid": lambda arrays, tensors: partial(
+        import_module("cleanfid.fid").frechet_distance, *arrays),
+    "torch-fidelity": torch_fidelity_distance,
+    "torchmetrics": lambda arrays, tensors: partial(
+        import_module("torchmetrics.image.fid")._compute_fid, *tensors)}

@@ -1,115 +1,26 @@
-"""The shared core: networks, losses, the two regularizers, the trainer.
+"""The core: networks, losses, the two cures as pure functions of tensors, one update of a GAN.
 
 Letters in shapes: B batch, C channels, H height, W width, Z latent size, N images, F features.
 Images are uint8 in [0, 255] where they are stored and float32 in [-1, 1] where a network sees
-them. `step` counts updates of G, `d_steps` updates of D.
+them. `step` counts updates of G, `d_steps` updates of D. A function of the trainer takes it as
+`t` and may use `t.G`, `t.D`, `t.cfg`, `t.gen` (its random stream), `t.latent(n)`, `t.fake()`.
 """
-import argparse
 import copy
 import math
-import os
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.parametrizations import spectral_norm
 
-from harness import UserError, digest, generator, join, plain, read_checkpoint, save_grid
 
-# ---------------------------------------------------------------------------- configuration
-
-
-def train_flags(parser):
-    """Flags of the training scripts. No default here: a script's PRESETS give the values."""
-    g = parser.add_argument_group("training (default: the preset's value)")
-    for flag, kind, text in [
-        ("--steps", int, "updates of G"), ("--d-steps", int, "updates of D, instead of --steps"),
-        ("--batch", int, "images per batch"), ("--n-dis", int, "updates of D per update of G"),
-        ("--lr-g", float, "Adam step size of G"), ("--lr-d", float, "Adam step size of D"),
-        ("--beta1", float, "Adam"), ("--beta2", float, "Adam"),
-        ("--z-dim", int, "latent size"), ("--width", int, "channels of the widest resolution"),
-        ("--base", int, "pixels of the coarsest level of the networks"),
-        ("--gp-weight", float, "weight of the gradient penalty, 0 for none"),
-        ("--comb-weight", float, "share of the extra negatives, eq. (13); the paper's is 0.5"),
-        ("--ema-beta", float, "decay of the averaged G, 0 for none"),
-        ("--log-every", int, "updates of G"), ("--eval-every", int, "updates of G"),
-        ("--sample-every", int, "updates of G"), ("--ckpt-every", int, "updates of G"),
-        ("--checks", int, "how many scores, grids and checkpoints, unless set one by one"),
-        ("--n-fid", int, "generated images per score"),
-    ]:
-        g.add_argument(flag, type=kind, help=text)
-    g.add_argument("--engine", default="eager", choices=["eager", "graph", "compile"],
-                   help="graph: an update as one CUDA graph, untested; compile: both networks by "
-                        "torch.compile, without a penalty (%(default)s)")
-    g.add_argument("--data-parallel", action="store_true",
-                   help="under torchrun: all processes share each batch, not the list of runs")
-    g.add_argument("--norm-d", choices=["none", "batch", "layer"], help="normalisation in D")
-    g.add_argument("--init-d", choices=["dcgan", "he"], help="first weights of D")
-    g.add_argument("--lr-decay", action=argparse.BooleanOptionalAction,
-                   help="step sizes fall to 0 over the second half of the run")
-    g.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images")
-    g.add_argument("--gp-comb", action=argparse.BooleanOptionalAction,
-                   help="let the penalty reach the extra negatives too")
-    g = parser.add_argument_group("images from a checkpoint, no training")
-    g.add_argument("--sample", type=Path, metavar="CKPT", help="draw from CKPT's G and stop")
-    g.add_argument("--n", type=int, default=64, help="how many images")
-    g.add_argument("--out", type=Path, default=Path("grid.png"), help="where to write them")
+class UserError(ValueError):
+    """A user's mistake. The message is the one line shown before exit code 2."""
 
 
-BOUNDS = {  # smallest and largest value that a training can have
-    **dict.fromkeys(("steps", "d_steps", "n_dis", "checks", "jobs", "eval_every", "sample_every",
-                     "ckpt_every"), (1, 10 ** 12)),
-    **dict.fromkeys(("z_dim", "log_every"), (1, 10 ** 6)), "width": (1, 4096),
-    **dict.fromkeys(("batch", "n_fid"), (2, 10 ** 6)),
-    **dict.fromkeys(("lr_g", "lr_d", "gp_weight"), (0, 10 ** 6)),
-    **dict.fromkeys(("beta1", "beta2", "ema_beta", "comb_weight"), (0, 0.999999)),
-}
-
-
-def resolve(args, *presets, **fixed):
-    """Presets (dicts, later ones win), then the flags the user gave, then `fixed` -> Namespace.
-
-    steps and d_steps follow from each other by n_dis; eval, sample and ckpt_every are `checks` to
-    a run where they are not given. Raises UserError for values that no training can have.
-    """
-    if args.data_parallel and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise UserError("--data-parallel: start it with torchrun, on two processes at least")
-    if args.data_parallel and args.engine == "graph":
-        raise UserError("--engine graph: not with --data-parallel, whose sums leave the device")
-    cfg = {k: v for k, v in vars(args).items()
-           if k not in ("sample", "n", "out", "plot", "dry_run")}
-    given = {k: v for k, v in cfg.items() if v is not None}
-    if {"steps", "d_steps"} <= given.keys():
-        raise UserError("--steps and --d-steps: give one of them, n_dis gives the other")
-    for layer in (*presets, given, fixed):
-        if {"steps", "d_steps"} & layer.keys():  # the later word on the length counts
-            cfg |= {"steps": None, "d_steps": None}
-        cfg |= layer
-    for key, (low, high) in BOUNDS.items():
-        if cfg[key] is not None and not low <= cfg[key] <= high:
-            raise UserError(f"--{key.replace('_', '-')} is {cfg[key]}: "
-                            f"must be at least {low} and at most {high}")
-    cfg["seeds"], cfg["arms"] = (list(dict.fromkeys(cfg[k] or [0])) for k in ("seeds", "arms"))
-    if not all(0 <= seed < 2 ** 63 for seed in cfg["seeds"]):
-        raise UserError(f"--seeds {cfg['seeds']}: must be in [0, 2^63)")
-    if cfg["steps"] is None and cfg["d_steps"] < cfg["n_dis"]:
-        raise UserError(f"--d-steps {cfg['d_steps']}: less than one round of {cfg['n_dis']} n_dis")
-    cfg["steps"] = cfg["steps"] or cfg["d_steps"] // cfg["n_dis"]
-    cfg["d_steps"] = cfg["steps"] * cfg["n_dis"]
-    cfg["log_every"] = min(cfg["log_every"], cfg["steps"])
-    for key in ("eval_every", "sample_every", "ckpt_every"):
-        cfg[key] = cfg[key] or max(cfg["steps"] // cfg["checks"], 1)
-    cfg = argparse.Namespace(**cfg)
-    with torch.device("meta"):  # refuses sizes no network is defined at, and takes no memory
-        n = sum(p.numel() for net in build(cfg) for p in net.parameters())
-    if n > 2 ** 30:
-        raise UserError(f"--size {cfg.size} --base {cfg.base} --width {cfg.width} --z-dim "
-                        f"{cfg.z_dim}: networks of {n} weights, at most 2^30 are allowed")
-    return cfg
+def generator(seed, device="cpu"):
+    """A random stream of its own, so that evaluation never disturbs training."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 # --------------------------------------------------------------------------------- networks
@@ -131,30 +42,14 @@ def norm_layer(kind, channels):
 
 
 class LeakyReLU(nn.Module):
-    """Slope 0.2 below 0, as a constant factor. PyTorch's own layer makes the second derivative of a
-    gradient penalty send zeros through all of D, a sixth of the arithmetic of D's update; without a
-    penalty PyTorch's is the faster one."""
+    """LeakyReLU of slope 0.2, written as a constant factor.
+
+    PyTorch's own layer makes the second derivative of a gradient penalty send zeros through all
+    of D, a sixth of the arithmetic of D's update. Without a penalty PyTorch's is faster.
+    """
 
     def forward(self, x):
         return x * torch.where(x > 0, 1.0, 0.2)
-
-
-class SharedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the shards of all processes: what one process does with the whole batch."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        world = dist.get_world_size()
-        sums = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = all_reduce(sums) / world         # differentiable
-        var, n = (square - mean ** 2).clamp(min=0), x.numel() // x.shape[1] * world
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        x = (x - mean[:, None, None]) * (var + self.eps).rsqrt()[:, None, None]
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Attention(nn.Module):
@@ -177,13 +72,13 @@ class Attention(nn.Module):
         return x + self.gain * self.out(out)
 
 
-def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False,
+def dcgan_pair(size, channels, z_dim, width, base=4, norm_d="none", init_d="dcgan", sagan=False,
                penalty=False):
     """G and D of Radford et al. (2015): one 4x4, stride-2 level per doubling above `base` px.
 
-    UNSPECIFIED: the paper's architectures. At 32 px G is 256-128-64 and D 64-128-256 channels,
-    at 64 px one level more; the published baselines fit nets of that size. SAGAN is unconditional
-    here: the same pair under spectral norm, with attention at half the image size in both.
+    UNSPECIFIED: the architectures. At 32 px G is 256-128-64 and D 64-128-256 channels, at 64 px
+    there is one level more: networks of that size fit the published baselines. SAGAN is
+    unconditional here: the same pair under spectral norm, with attention at half the image size.
     """
     wrap = spectral_norm if sagan else lambda layer: layer
     leaky = LeakyReLU if penalty else lambda: nn.LeakyReLU(0.2)
@@ -206,59 +101,24 @@ def dcgan_pair(size, channels, z_dim, width, norm_d, init_d, base=4, sagan=False
     return nn.Sequential(*g), nn.Sequential(*d)
 
 
-class ResBlock(nn.Module):
-    """Pre-activation residual block of Gulrajani et al. (2017), up- or downsampling by two."""
-
-    def __init__(self, c_in, c_out, resample=None, norm="none", first=False):
-        super().__init__()
-        self.pre = nn.Identity() if first else nn.Sequential(norm_layer(norm, c_in), nn.ReLU())
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.mid = nn.Sequential(norm_layer(norm, c_out), nn.ReLU())
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
-        self.up = nn.Upsample(scale_factor=2) if resample == "up" else nn.Identity()
-        self.down = nn.AvgPool2d(2) if resample == "down" else nn.Identity()
-        for conv in (self.conv1, self.conv2):
-            init(conv, "he")
-
-    def forward(self, x):
-        out = self.conv2(self.mid(self.conv1(self.up(self.pre(x)))))
-        return self.down(out) + self.skip(self.down(self.up(x)))
-
-
-def resnet_pair(size, channels, z_dim, width, norm_d):
-    """G and D of Gulrajani et al. (2017), section 5.3: ResNets of `width` (128) channels."""
-    levels = int(math.log2(size // 4))
-    g = [nn.Linear(z_dim, width * 16), nn.Unflatten(1, (width, 4, 4))]
-    g += [ResBlock(width, width, "up", "batch") for _ in range(levels)]
-    g += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
-    d = [ResBlock(channels, width, "down", first=True)]
-    d += [ResBlock(width, width, "down", norm_d) for _ in range(levels - 2)]
-    d += [ResBlock(width, width, None, norm_d) for _ in range(2)]
-    d += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1), nn.Flatten(0)]
-    return nn.Sequential(*g), nn.Sequential(*d)
-
-
 def build(cfg):
     """G: (B, Z) -> (B, C, H, W) in [-1, 1] and D: (B, C, H, W) -> (B,), as cfg describes them.
 
-    Reads model, arch, size, channels, z_dim, width, norm_d, init_d, base, gp_weight. UserError for
-    a size that no pair is defined at.
+    Reads arch, size, channels, z_dim, width, base, norm_d, init_d, gp_weight, and seed for the
+    first weights. Raises UserError for a size at which no pair is defined.
     """
     if not 8 <= cfg.size <= 4096 or cfg.size & (cfg.size - 1):
         raise UserError(f"--size {cfg.size}: the networks need a power of two from 8 to 4096")
     if cfg.base < 1 or cfg.base > cfg.size // 2 or cfg.base & (cfg.base - 1):
         raise UserError(f"--base {cfg.base}: must be a power of two from 1 to {cfg.size // 2}")
-    shape = (cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.norm_d)
-    if cfg.arch == "resnet":
-        if cfg.model != "wgangp":
-            raise UserError("--arch resnet goes with --model wgangp")
-        return resnet_pair(*shape)
-    return dcgan_pair(*shape, cfg.init_d, cfg.base, sagan=cfg.model == "sagan",
-                      penalty=cfg.gp_weight > 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(getattr(cfg, "seed", 0))
+        return dcgan_pair(cfg.size, cfg.channels, cfg.z_dim, cfg.width, cfg.base, cfg.norm_d,
+                          cfg.init_d, sagan=cfg.arch == "sagan", penalty=cfg.gp_weight > 0)
 
 
-# ----------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------- losses and the two cures
+# Pure functions of tensors: copy them into any GAN.
 
 # Per-sample terms to minimise: D's on reals and on negatives (-f1 and -f2 of eq. (1)), and G's.
 LOSSES = {
@@ -269,21 +129,15 @@ LOSSES = {
 }
 
 
-def gradient_penalty(D, x_real, x_neg, eps=None):
-    """Mean of (|grad D| - 1)^2 at random points between pairs, Gulrajani et al. (2017), eq. 3.
+def gradient_penalty(D, x_real, x_neg, eps):
+    """Mean of (|grad D| - 1)^2 at points between pairs, Gulrajani et al. (2017), eq. 3.
 
-    x_real, x_neg (B, C, H, W) -> scalar with a graph, ready to be added to D's loss. `eps`
-    (B, 1, 1, 1) in [0, 1] says where between the two; uniform by default.
+    x_real, x_neg (B, ...) -> scalar with a graph, ready to be added to D's loss. eps (B, 1, ...),
+    uniform in [0, 1], says where between the two.
     """
-    if eps is None:
-        eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)
     x_hat = torch.lerp(x_real, x_neg, eps).requires_grad_()
     grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
-
-
-# ------------------------------------------------------------------------------- regularizers
-# Pure functions of tensors: copy them into any GAN.
 
 
 def pixel_average(x):
@@ -336,6 +190,56 @@ def sample_correction(x_fake, realism, threshold, n_keep=None):
     return x_fake[chosen], torch.ones_like(key[:n_keep])
 
 
+# ------------------------------------------------------------------- what the trainer is given
+
+
+def d_loss(t, x_real, x_fake, x_comb=None, weight=None):
+    """D's loss: eq. (1), or eq. (13) where combinations are given, with the gradient penalty.
+
+    x_real, x_fake, x_comb (B, ...); weight (B,) multiplies the fakes' terms, as
+    `sample_correction` returns it. -> scalar with a graph, {name: 0-d tensor} to be logged.
+    """
+    cfg, (on_real, on_fake, _) = t.cfg, LOSSES[t.cfg.loss]
+    # UNSPECIFIED: batch norm in D. Each kind of image is normalised by itself, as in DCGAN.
+    d_real, d_fake = t.D(x_real), t.D(x_fake)
+    logs = {"d_real": d_real.mean(), "d_fake": d_fake.mean()}
+    loss_fake = on_fake(d_fake)
+    if weight is not None:
+        loss_fake, logs["kept"] = weight * loss_fake, (weight > 0).float().mean()
+    if x_comb is None:
+        loss = on_real(d_real).mean() + loss_fake.mean()
+    else:
+        d_comb = t.D(x_comb)
+        loss = pcr_loss(on_real(d_real), loss_fake, on_fake(d_comb), cfg.comb_weight)
+        logs["d_comb"] = d_comb.mean()
+    if cfg.gp_weight:
+        # UNSPECIFIED: whether the penalty under SC spares the discarded fakes. It does not: it
+        # holds between reals and whatever G draws.
+        x_neg = x_fake
+        if cfg.gp_comb and x_comb is not None:
+            # UNSPECIFIED: whether the penalty reaches the combinations. By default it does not;
+            # with --gp-comb half of its lines end in a combination.
+            x_neg = torch.cat([x_comb[::2], x_fake[1::2]])
+        eps = torch.rand(len(x_real), *[1] * (x_real.dim() - 1), generator=t.gen, device=t.device)
+        logs["gp"] = gradient_penalty(t.D, x_real, x_neg, eps)
+        loss = loss + cfg.gp_weight * logs["gp"]
+    return loss, logs
+
+
+def g_loss(t):
+    """G's loss of eq. (1) on a fresh batch -> scalar with a graph, {} to be logged."""
+    return LOSSES[t.cfg.loss][2](t.D(t.G(t.latent(t.cfg.batch)))).mean(), {}
+
+
+def normal_prior(t, n):
+    """z ~ N(0, I), (n, Z)."""
+    return torch.randn(n, t.cfg.z_dim, generator=t.gen, device=t.device)
+
+
+def adam(params, lr, betas):
+    return torch.optim.Adam(params, lr, betas, fused=True)
+
+
 # ------------------------------------------------------------------------------------ trainer
 
 
@@ -350,86 +254,67 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def draw(G, z):
-    """Images of G for latents z (N, Z): uint8 (N, C, H, W).
+def generate(G, z, batch=256):
+    """Yield what G makes of latents z (N, Z), at most `batch` at a time: images (B, C, H, W) as
+    uint8, anything else as it comes. Raises UserError for numbers that are not finite.
 
     UNSPECIFIED: G's batch norm while scoring. Running statistics, so that an image depends on its
     own z alone.
     """
-    training = G.training
-    x = G.eval()(z)
-    G.train(training)
-    if not x.isfinite().all():  # as uint8 it would look like an image
-        raise UserError("G draws images that are not finite")
-    return to_uint8(x)
+    for part in z.split(batch):
+        training = G.training
+        x = G.eval()(part)
+        G.train(training)
+        if not x.isfinite().all():  # as uint8 it would look like an image
+            raise UserError("G draws images that are not finite")
+        yield to_uint8(x) if x.dim() == 4 else x
 
 
-def generate(G, n, z_dim, seed=0, batch=256):
-    """Yield n images of G as uint8 batches (<= batch, C, H, W) on G's device, from fixed z."""
-    device = next(G.parameters()).device
-    gen = generator(seed, device)
-    for i in range(0, n, batch):
-        yield draw(G, torch.randn(min(batch, n - i), z_dim, generator=gen, device=device))
+def check_batch(cfg, n):
+    """UserError if a batch needs more than the n training images there are."""
+    if cfg.batch > n:
+        raise UserError(f"--batch {cfg.batch}: only {n} training images")
 
 
-def check_batch(cfg, images):
-    """UserError if a batch needs more images than there are."""
-    if cfg.batch > len(images):
-        raise UserError(f"--batch {cfg.batch}: only {len(images)} training images")
+def grad_norm(net):
+    return torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
 
 
 class Trainer:
-    """G, D, their Adams, and one update of each: the step that every script runs.
+    """G, D, their optimizers, and one update of each: the step that every script runs.
 
-    data: uint8 (N, C, H, W). `combine(trainer, x_real) -> x_comb (B, C, H, W)` gives the extra
-    negatives of eq. (13), None for none. `correct(trainer, x_fake) -> (x_fake, weight (B,))` is
-    Sample Correction, None for none. `penalise(trainer, x_real) -> scalar` is added to D's loss.
-    `optimizer` has the arguments of Adam. Raises UserError if the batch is larger than the data.
-
-    Under --data-parallel every process holds the same networks and random stream and works on its
-    shard of each batch; gradients and batch norm are those of the whole batch, so that the numbers
-    are one process's up to rounding; the hooks see a shard (PCR pairs and SC counts within it).
+    data: training images uint8 (N, C, H, W), or points float (N, ...), on the device to train on;
+    G and D: networks of any kind, moved there. What may differ between two methods is given as
+    functions of the trainer:
+      d_loss(t, x_real, x_fake) -> (loss, {name: 0-d tensor}), an arm; x_fake has no graph
+      g_loss(t) -> (loss, {name: 0-d tensor}), G's loss, on latents that it draws itself
+      prior(t, n) -> z, the latents' law
+    optimizer(params, lr, betas) makes those of G and D. extra, {name: (network, optimizer)}, are
+    further networks in `t.extra`, which g_loss trains together with G, and which are saved with
+    the rest. Raises UserError if the batch is larger than the data.
     """
 
-    METRICS = ("d_loss", "g_loss", "d_real", "d_fake", "d_comb", "gp", "kept", "d_grad", "g_grad")
-
-    def __init__(self, cfg, data, device, combine=None, correct=None, penalise=None,
-                 optimizer=torch.optim.Adam):
-        check_batch(cfg, data)
-        self.cfg, self.device = cfg, device
-        self.combine, self.correct, self.penalise = combine, correct, penalise
-        cfg.data_hash = digest(data)    # in every config.json and checkpoint from here on
-        self.data = data.to(device)
-        self.rank, self.world = 0, 1
-        if cfg.data_parallel:
-            self.rank, self.world = join(), dist.get_world_size()
-            if cfg.batch % self.world or cfg.batch < 2 * self.world:
-                raise UserError(f"--batch {cfg.batch}: {self.world} processes need a multiple of "
-                                f"{self.world} and two images each")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            self.G, self.D = (net.to(device, memory_format=torch.channels_last)
-                              for net in build(cfg))
-        for layer in (*self.G.modules(), *self.D.modules()):
-            if self.world > 1 and type(layer) is nn.BatchNorm2d:
-                layer.__class__ = SharedBatchNorm
+    def __init__(self, cfg, data, G, D, d_loss=d_loss, g_loss=g_loss, prior=normal_prior,
+                 optimizer=adam, extra=None):
+        check_batch(cfg, len(data))
+        self.cfg, self.data, self.device = cfg, data, data.device
+        self.d_loss, self.g_loss, self.prior = d_loss, g_loss, prior
+        self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in (G, D))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False) if cfg.ema_beta else None
-        self.opt_g, self.opt_d = (
-            optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
-            for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
-        if cfg.engine == "compile":
-            if cfg.gp_weight or penalise:
-                raise UserError("--engine compile: torch.compile cannot differentiate twice, as a "
-                                "gradient penalty must; take --engine eager")
-            self.G.compile()
-            self.D.compile()
-        self.gen = generator(cfg.seed, device)
-        self.on_real, self.on_fake, self.for_g = LOSSES[cfg.loss]
+        self.opt_g, self.opt_d = (optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2))
+                                  for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
+        self.extra = {name: net for name, (net, _) in (extra or {}).items()}
+        self.opts = [self.opt_g, self.opt_d, *(opt for _, opt in (extra or {}).values())]
+        self.lrs = [[group["lr"] for group in opt.param_groups] for opt in self.opts]
+        self.gen = generator(cfg.seed, self.device)
         self.step = self.d_steps = 0
 
     def images(self, index, data=None):
-        """Rows `index` (B,) of the training data, or of `data`, -> (B, C, H, W) in [-1, 1]."""
-        x = to_float((self.data if data is None else data)[index])
+        """Rows `index` (B,) of the training data, or of `data`; images as floats in [-1, 1]."""
+        x = (self.data if data is None else data)[index]
+        if x.dtype != torch.uint8:
+            return x
+        x = to_float(x)
         if self.cfg.flip:
             mirror = torch.rand(len(x), 1, 1, 1, generator=self.gen, device=self.device) < 0.5
             x = torch.where(mirror, x.flip(3), x)
@@ -443,202 +328,91 @@ class Trainer:
         return self.images(keys.topk(self.cfg.batch).indices)
 
     def latent(self, n):
-        """z ~ N(0, I), (n, Z)."""
-        return torch.randn(n, self.cfg.z_dim, generator=self.gen, device=self.device)
+        """n latents of the prior, from the trainer's own random stream."""
+        return self.prior(self, n)
 
-    def fake(self, n=None):
-        """Images of G for fresh latents, (n or B, C, H, W)."""
-        return self.G(self.shard(self.latent(n or self.cfg.batch)))
+    @torch.no_grad()
+    def fake(self):
+        """A batch of G's images for fresh latents, without a graph."""
+        return self.G(self.latent(self.cfg.batch))
 
-    def shard(self, x):
-        """The part of a whole batch (B, ...) that this process works on."""
-        size = len(x) // self.world
-        return x[self.rank * size:(self.rank + 1) * size]
-
-    def agree(self, caught):
-        """The first signal that any of the processes caught, 0 for none: all stop together."""
-        if self.world == 1:
-            return caught[0] if caught else 0
-        first = torch.tensor(caught[:1] or [0])
-        dist.all_reduce(first, dist.ReduceOp.MAX)
-        return int(first)
-
-    def average(self, tensors):
-        """Replace each tensor by its mean over the processes."""
-        if self.world > 1:
-            whole = torch.cat([t.flatten() for t in tensors])
-            dist.all_reduce(whole)
-            for t, mean in zip(tensors, (whole / self.world).split([t.numel() for t in tensors])):
-                t.copy_(mean.view_as(t))
-
-    def shown(self, n=64):
-        """Images to look at, the same latents every time: uint8 (<= n, C, H, W)."""
-        return torch.cat(list(generate(self.G, n, self.cfg.z_dim, seed=1)))
+    def latents(self, n, seed=0):
+        """n latents of the prior from a stream of their own: the same ones every time."""
+        own, self.gen = self.gen, generator(seed, self.device)
+        try:
+            return self.prior(self, n)
+        finally:
+            self.gen = own
 
     def fakes(self, n):
-        """n images of each generator, from the same latents, as `generate` yields them:
-        {"": of G, "_ema": of its average, if there is one}."""
-        nets = {"": self.G} | ({"_ema": self.G_ema} if self.G_ema is not None else {})
-        return {suffix: generate(G, n, self.cfg.z_dim) for suffix, G in nets.items()}
+        """n images of each generator from the same latents, in batches: {"": of G, "_ema": of its
+        average, if there is one}."""
+        nets, z = {"": self.G, "_ema": self.G_ema}, self.latents(n)
+        return {name: generate(G, z) for name, G in nets.items() if G is not None}
+
+    def preview(self, n=64):
+        """n images to look at, for the same latents every time."""
+        return torch.cat(list(generate(self.G, self.latents(n, seed=1))))
 
     def d_update(self):
-        """One update of D -> (d_loss, d_real, d_fake, d_comb, gp, kept, d_grad), 0-d tensors."""
-        cfg, D = self.cfg, self.D
-        x_real = self.shard(self.real())
-        with torch.no_grad():
-            x_fake, weight, x_comb = self.fake(), None, None
-            if self.correct:
-                x_fake, weight = self.correct(self, x_fake)
-            if self.combine:
-                x_comb = self.combine(self, x_real)
-        # UNSPECIFIED: batch norm in D. Each kind of image is normalised by itself, as in DCGAN.
-        d_real, d_fake = D(x_real), D(x_fake)
-        loss_fake = self.on_fake(d_fake) if weight is None else weight * self.on_fake(d_fake)
-        gp = d_comb = d_real.new_zeros(1)
-        if x_comb is None:
-            d_loss = self.on_real(d_real).mean() + loss_fake.mean()
-        else:
-            d_comb = D(x_comb)
-            d_loss = pcr_loss(self.on_real(d_real), loss_fake, self.on_fake(d_comb),
-                              cfg.comb_weight)
-        if cfg.gp_weight:
-            # UNSPECIFIED: whether the penalty under SC spares the discarded fakes. It does not: it
-            # holds between reals and whatever G draws.
-            x_neg = x_fake
-            if cfg.gp_comb and x_comb is not None:
-                # UNSPECIFIED: whether the penalty reaches the combinations. By default it does
-                # not; with --gp-comb half of its lines end in a combination.
-                x_neg = torch.cat([x_comb[::2], x_fake[1::2]])
-            eps = torch.rand(cfg.batch, 1, 1, 1, generator=self.gen, device=self.device)
-            gp = gradient_penalty(D, x_real, x_neg, self.shard(eps))
-            d_loss = d_loss + cfg.gp_weight * gp
-        if self.penalise:
-            d_loss = d_loss + self.penalise(self, x_real)
+        """One update of D -> what is logged, {name: 0-d tensor}."""
+        loss, logs = self.d_loss(self, self.real(), self.fake())
         self.opt_d.zero_grad()
-        d_loss.backward()
-        self.average([p.grad for p in D.parameters()])
+        loss.backward()
         self.opt_d.step()
-        kept = d_loss.new_ones(()) if weight is None else (weight > 0).float().mean()
-        return (d_loss, d_real.mean(), d_fake.mean(), d_comb.mean(), gp.mean(), kept,
-                grad_norm(D))
+        return {"d_loss": loss, **logs, "d_grad": grad_norm(self.D)}
 
     def g_update(self):
-        """One update of G (and of its average) -> (g_loss, g_grad), 0-d tensors."""
-        g_loss = self.for_g(self.D(self.fake())).mean()
-        self.opt_g.zero_grad()
-        g_loss.backward(inputs=list(self.G.parameters()))
-        self.average([p.grad for p in self.G.parameters()])
-        self.opt_g.step()
+        """One update of G, its average and the extra networks -> what is logged."""
+        loss, logs = self.g_loss(self)
+        opts = [self.opt_g, *self.opts[2:]]
+        for opt in opts:
+            opt.zero_grad()
+        loss.backward(inputs=[p for net in (self.G, *self.extra.values())
+                              for p in net.parameters() if p.requires_grad])
+        for opt in opts:
+            opt.step()
         if self.G_ema is not None:
             with torch.no_grad():  # weights are averaged, batch-norm statistics copied
                 torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()),
                                      1 - self.cfg.ema_beta)
                 for mean, now in zip(self.G_ema.buffers(), self.G.buffers()):
                     mean.copy_(now)
-        return g_loss, grad_norm(self.G)
-
-    def set_lr(self):
-        """Step sizes of this update: constant, or falling to 0 over the second half of the run."""
-        left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
-        for opt, lr in ((self.opt_g, self.cfg.lr_g), (self.opt_d, self.cfg.lr_d)):
-            for group in opt.param_groups:
-                if isinstance(group["lr"], torch.Tensor):               # read by a CUDA graph
-                    group["lr"].fill_(lr * left)
-                else:
-                    group["lr"] = lr * left
-
-    def iterate(self):
-        """n_dis updates of D and one of G -> the METRICS, a (9,) tensor left on the device."""
-        for _ in range(self.cfg.n_dis):
-            d_loss, *d_rest = self.d_update()
-        g_loss, g_grad = self.g_update()
-        metrics = torch.stack([d_loss, g_loss, *d_rest, g_grad]).detach()
-        self.average([metrics])
-        return metrics
+        return {"g_loss": loss, **logs, "g_grad": grad_norm(self.G)}
 
     def update(self):
-        """`iterate` at this update's step sizes, counted."""
-        self.set_lr()
-        metrics = self.iterate()
+        """n_dis updates of D and one of G -> {name: 0-d tensor}, left on the device."""
+        # Step sizes are constant, or fall to 0 over the second half of the run.
+        left = min(1, 2 - 2 * self.step / self.cfg.steps) if self.cfg.lr_decay else 1
+        for opt, lrs in zip(self.opts, self.lrs):
+            for group, lr in zip(opt.param_groups, lrs):
+                group["lr"] = lr * left
+        for _ in range(self.cfg.n_dis):
+            logs = self.d_update()
+        logs |= self.g_update()
         self.step += 1
         self.d_steps += self.cfg.n_dis
-        return metrics
-
-    def capture(self):
-        """Record `iterate` as one CUDA graph, to be replayed by `update` from here on.
-
-        The same Python code and the same random stream as without; not run on a GPU yet. Hooks must
-        read nothing back to the host and keep no count of their own.
-        """
-        if self.device.type != "cuda":
-            raise UserError(f"--engine graph: needs a CUDA device, --device is {self.device}")
-        opts = (self.opt_g, self.opt_d)
-        for opt in opts:
-            for group in opt.param_groups:
-                group |= {"capturable": True, "lr": torch.tensor(float(group["lr"]),
-                                                                 device=self.device)}
-        nets = [net for net in (self.G, self.D, self.G_ema) if net is not None]
-
-        def tensors():
-            return [*(t for net in nets for t in net.state_dict().values()),
-                    *(t for opt in opts for slots in opt.state.values() for t in slots.values())]
-
-        before, random_state = [t.clone() for t in tensors()], self.gen.get_state()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):                   # a warm-up off the main stream, undone
-            for _ in range(3):
-                self.iterate()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        with torch.no_grad():                           # Adam's slots, new in the warm-up, are 0
-            for i, t in enumerate(tensors()):
-                t.copy_(before[i]) if i < len(before) else t.zero_()
-        self.gen.set_state(random_state)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.gen)
-        with torch.cuda.graph(graph):
-            metrics = self.iterate()
-
-        def replay():
-            graph.replay()
-            return metrics
-
-        self.iterate = replay
+        return {name: value.detach() for name, value in logs.items()}
 
     def state(self):
-        """Everything a resumed run needs, as plain tensors, numbers and strings."""
-        nets = {k: getattr(self, k).state_dict() for k in ("G", "D", "opt_g", "opt_d")}
-        return {**nets, "G_ema": self.G_ema.state_dict() if self.G_ema is not None else None,
-                "step": self.step, "d_steps": self.d_steps, "rng": self.gen.get_state(),
-                "config": plain(self.cfg)}
+        """Everything a resumed run needs, as tensors, numbers and strings."""
+        return {**{k: getattr(self, k).state_dict() for k in ("G", "D", "opt_g", "opt_d")},
+                "G_ema": self.G_ema.state_dict() if self.G_ema is not None else None,
+                "extra": {k: net.state_dict() for k, net in self.extra.items()},
+                "extra_opts": [opt.state_dict() for opt in self.opts[2:]],
+                "step": self.step, "d_steps": self.d_steps, "rng": self.gen.get_state()}
 
     def load(self, state):
+        """Go on from a `state`. Raises UserError for one of another kind of device."""
         if len(state["rng"]) != len(self.gen.get_state()):
             raise UserError("the checkpoint was made on another kind of --device")
         for k in ("G", "D", "opt_g", "opt_d"):
             getattr(self, k).load_state_dict(state[k])
-        for group in (*self.opt_g.param_groups, *self.opt_d.param_groups):
-            group |= {"lr": float(group["lr"]), "capturable": False}    # as before `capture`
         if self.G_ema is not None:
             self.G_ema.load_state_dict(state["G_ema"])
+        for k, net in self.extra.items():
+            net.load_state_dict(state["extra"][k])
+        for opt, saved in zip(self.opts[2:], state.get("extra_opts", [])):
+            opt.load_state_dict(saved)
         self.step, self.d_steps = state["step"], state["d_steps"]
         self.gen.set_state(state["rng"].cpu())
-
-
-def grad_norm(net):
-    return torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-
-
-def sample_checkpoint(path, n, out, device):
-    """Draw n images from a checkpoint's G into the picture `out`; of its codes, if it has some."""
-    if not 1 <= n <= 10 ** 5 or out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--n {n} --out {out}: need an image at least, and a name like grid.png")
-    state = read_checkpoint(path)
-    cfg = argparse.Namespace(**state["config"])
-    G = build(cfg)[0].to(device)
-    G.load_state_dict(state["G"])
-    images = (draw(G, state["codes"][:n].to(device)) if "codes" in state
-              else torch.cat(list(generate(G, n, cfg.z_dim))))
-    save_grid(images, out)
-    print(out)
-    return {"out": str(out), "n": n, "step": state["step"]}

@@ -1,23 +1,20 @@
-"""Figures 1, 5 and 7: Sample Correction and PCR on the two-rectangle GAN, SC on photographs.
+"""Figures 1, 5 and 7: Sample Correction (SC) and PCR on the two-rectangle GAN, SC on photographs.
 
-The claim (Section 5.2): trained on 25,600 images of exactly two rectangles, a GAN draws one,
-two or three. Dropping the already correct fakes from D's batch (SC) makes 97% of its images
-correct, giving D the AND and OR of training pairs as extra negatives (PCR) 70%, both together 99%,
-and the GAN has not collapsed: nearly every training image is among 256,000 samples.
+Section 5.2: trained on 25,600 images of exactly two rectangles, a GAN gets almost 80% of its images
+wrong. With the AND and OR of training pairs as extra negatives (PCR) 70% become right and no more,
+without the already correct fakes in D's batch (SC) 97%, with both 99%, and sooner. Nor does the GAN
+collapse: nearly every training image is among 256,000 samples. Section 5.3: trained on 32
+photographs in batches of 2, replacing fakes that lie close to a training image (DIF below 0.1)
+improves FID and DIF "by a large margin".
 
     python exp_sc.py
-
-The second (Section 5.3): trained on 32 photographs in batches of 2, replacing fakes that lie close
-to a training image (DIF below 0.1) by others improves FID and DIF "by a large margin".
-
     python exp_sc.py --dataset cifar10
 
-Arms: vanilla, sc, pcr, sc+pcr of rectangles; vanilla, sc and the control random of photographs.
 Presets: paper (one GPU), cpu (all arms of a data set, one seed, in some ten minutes on two cores;
-rectangles at 16 px), smoke. Ends in result.json and figure.png.
+rectangles at 16 px), smoke (seconds).
 """
-import argparse
-import time
+import math
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -28,273 +25,275 @@ import data
 import fid
 import geometry
 import harness
+import sweep
 
-# ------------------------------------------------------------------------------------ rectangles
+PAPER = {   # Figure 1: share of correct images, and what the paper says of it
+    "vanilla": (0.20, "most are wrong"), "pcr": (0.70, "above vanilla, stuck 10 points under sc"),
+    "sc": (0.97, "above 90%"), "sc+pcr": (0.99, "the best arm, and the first at 90%")}
+COUNTERS = {"tolerant": geometry.count, "exact": geometry.count_exact}
 
-PAPER = {"vanilla": None, "pcr": 0.70, "sc": 0.97, "sc+pcr": 0.99}  # share correct, Figure 1
-
-# Section 5.2 and Appendix F: 32 px, squares of 8, 25,600 images.
-# UNSPECIFIED: all else. WGAN-GP, because it neither collapses nor saturates here; one level more
-# than a DCGAN has (`base` 2), because a critic that reads only local features off linearly cannot
-# count; a small z, because an image has four degrees of freedom; beta1 0 and falling step sizes,
-# for crisp squares (Section 5.3 has beta1 0.5).
+# UNSPECIFIED: loss, networks and n_dis. WGAN-GP on the DCGAN pair with one update of D per update
+# of G, because it neither collapses nor saturates here.
+COMMON = dict(arch="dcgan", loss="wgan", norm_d="none", init_d="he", gp_weight=10.0, gp_comb=False,
+              n_dis=1, steps=50_000, beta2=0.9, width=64, comb_weight=0.5, flip=False, ema_beta=0.0,
+              log_every=100)
 PRESETS = {
-    "paper": dict(
-        size=32, n_train=25_600, n_cover=256_000, model="wgangp", arch="dcgan", loss="wgan",
-        norm_d="none", init_d="he", gp_weight=10.0, gp_comb=False, n_dis=1, steps=50_000,
-        batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, beta2=0.9, z_dim=8, width=64, base=2,
-        comb_weight=0.5, flip=False, lr_decay=True, ema_beta=0.0, n_fid=4096, checks=50,
-        sc_counter="tolerant", log_every=100),
-    # DEVIATION: a canvas half as wide with squares half as wide. It has 1/14 as many possible
-    # images, and so have the training set and the coverage samples.
+    # Section 5.2 and Appendix F: 32 px, squares of 8, 25,600 images, 256,000 samples searched.
+    # UNSPECIFIED: sizes and step sizes on rectangles. One level more than a DCGAN has (`base` 2),
+    # because a critic that reads only local features off linearly cannot count; a small z, because
+    # an image has four degrees of freedom; beta1 0 and falling step sizes, for crisp squares.
+    "paper": dict(size=32, n_train=25_600, n_cover=256_000, batch=64, lr_g=5e-4, lr_d=5e-4, z_dim=8,
+                  beta1=0.0, base=2, lr_decay=True, n_fid=4096, checks=50, sc_counter="tolerant"),
+    # DEVIATION: rectangles on a CPU. Canvas and squares are half as wide; that leaves 1/14 of the
+    # possible images, and so many training images and coverage samples.
     "cpu": dict(size=16, n_train=1_800, n_cover=18_000, width=32, batch=32, lr_g=1e-3, lr_d=1e-3,
                 steps=3600, n_fid=1024, checks=18),
     "smoke": dict(jobs=1, size=16, n_train=64, n_cover=64, width=8, z_dim=16, batch=16, steps=4,
-                  n_fid=32, checks=2, log_every=2),
-}
-ARMS = {"vanilla": (False, False), "pcr": (False, True), "sc": (True, False),
-        "sc+pcr": (True, True)}
+                  n_fid=32, checks=2, log_every=2)}
+PHOTOS = {
+    # Section 5.3: Adam(2e-4, .5, .9), "e.g." 32 images and batches of 2, threshold 0.1.
+    # UNSPECIFIED: sizes on photographs, and which 32 images. Every seed has the same ones.
+    "paper": dict(n_train=32, n_heldout=2048, batch=2, lr_g=2e-4, lr_d=2e-4, beta1=0.5, z_dim=128,
+                  base=4, lr_decay=False, n_fid=2048, dims=2048, n_dif=1024, checks=25, spares=3,
+                  sc_threshold=0.1, seeds=[0, 1, 2]),
+    # DEVIATION: photographs on a CPU. 8 images, because with 32 no fake was under the threshold in
+    # 3,500 updates; narrow networks, CelebA at 32 px, a sixth of the updates at larger, falling
+    # step sizes; the distance of early Inception features of few samples instead of the FID.
+    "cpu": dict(size=32, n_train=8, width=24, steps=8000, lr_g=5e-4, lr_d=5e-4, lr_decay=True,
+                n_fid=64, dims=64, n_heldout=512, n_dif=256, checks=8, seeds=[0]),
+    "smoke": dict(jobs=1, size=32, n_train=8, n_heldout=32, width=8, z_dim=16, steps=4, n_fid=16,
+                  n_dif=16, checks=2, log_every=2, seeds=[0])}
+OF_SQUARES = {"n_cover": (int, 1, 10 ** 9, "samples searched for training images"),
+              "sc_counter": (tuple(COUNTERS), "what SC takes for correct")}
+OF_PHOTOS = {"sc_threshold": (float, 0, 1, "SC replaces fakes of a DIF below it"),
+             "spares": (int, 1, 1000, "batches of fakes to choose replacements from"),
+             "n_heldout": (int, 2, 10 ** 9, "unseen images in the second distance"),
+             "n_dif": (int, 2, 10 ** 6, "samples per DIF and share of copies"),
+             "dims": fid.FLAGS["dims"], "fid_weights": fid.FLAGS["fid_weights"]}
+OWN = {"dataset": (str, "geometry (rectangles), cifar10, celeba, imagenet, or a folder or zip of "
+                        "images (%(default)s)"), "n_train": (int, 2, 10 ** 9, "training images"),
+       "data_dir": data.FLAGS["data_dir"], **OF_SQUARES, **OF_PHOTOS}
 
-
-def correct(x, side, counter):
-    """Which images (B, 1, H, W) have exactly two rectangles and nothing else, bool (B,)."""
-    n, clean = (geometry.count_exact if counter == "exact" else geometry.count)(x, side)
-    return (n == 2) & clean
+# ------------------------------------------------------------------------------------ rectangles
 
 
 def training_set(cfg):
-    """Appendix F: images of two rectangles, and the AND (one) and OR (three) of each pair.
-
-    -> (n_train, 1, H, W) and as many combinations, both uint8.
-    """
+    """Appendix F: n_train images of two rectangles, and as many ANDs (one) and ORs (three) of
+    pairs of them, both uint8 (N, 1, H, W)."""
+    if cfg.size < 16 or cfg.n_train % 2:
+        raise core.UserError(f"--size {cfg.size} must be at least 16, --n-train {cfg.n_train} even")
     x, y, x_and, x_or = geometry.draw_pairs(cfg.n_train // 2, cfg.size, cfg.size // 4)
     return torch.cat([x, y]), torch.cat([x_and, x_or])
 
 
-def hooks(cfg, pool):
-    """The two cures, as the trainer's `combine` (PCR) and `correct` (SC)."""
-    use_sc, use_pcr = ARMS[cfg.arm]
-
-    def combine(trainer, x_real):
-        index = torch.randint(len(pool), (cfg.batch,), generator=trainer.gen,
-                              device=trainer.device)
-        return trainer.shard(trainer.images(index, pool))
-
-    def discard(trainer, x_fake):
-        # UNSPECIFIED: how strict the counting algorithm is. The tolerant one cures sooner; the
-        # exact one leaves D the ragged images of two rectangles to learn from. UNSPECIFIED:
-        # whether they are replaced (Section 5.1) or discarded (Section 5.2, Appendix F).
-        realism = correct(x_fake, cfg.size // 4, cfg.sc_counter).float()
-        return core.sample_correction(x_fake, realism, threshold=0.5)
-
-    return dict(combine=combine if use_pcr else None, correct=discard if use_sc else None)
+def combinations(t):
+    """A batch of ANDs and ORs of training pairs, from the pool of all."""
+    # UNSPECIFIED: how PCR's negatives are drawn. With replacement, half AND and half OR.
+    index = torch.randint(len(t.pool), (t.cfg.batch,), generator=t.gen, device=t.device)
+    return t.images(index, t.pool)
 
 
-def score(trainer):
+def sc_weight(t, x_fake):
+    """SC: weights (B,) of fakes (B, 1, H, W) in D's loss, 0 for those of exactly two rectangles."""
+    # UNSPECIFIED: how strict the counting algorithm is. The tolerant one cures sooner; the exact
+    # one leaves D the ragged images of two rectangles to learn from.
+    # UNSPECIFIED: whether correct fakes are replaced (Section 5.1) or discarded (Section 5.2,
+    # Appendix F). On rectangles they are discarded.
+    correct = geometry.has_two(x_fake, t.cfg.size // 4, COUNTERS[t.cfg.sc_counter])
+    return core.sample_correction(x_fake, correct.float(), threshold=0.5)[1]
+
+
+ARMS = {  # each is d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
+    "vanilla": core.d_loss,
+    "pcr": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, combinations(t)),
+    "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, weight=sc_weight(t, x_fake)),
+    "sc+pcr": lambda t, x_real, x_fake: core.d_loss(
+        t, x_real, x_fake, combinations(t), sc_weight(t, x_fake)),
+}
+
+
+def score(t):
     """Shares of n_fid images: correct by both counters, and with 0, 1, 2, 3, 4 and more."""
-    cfg, side = trainer.cfg, trainer.cfg.size // 4
-    row = {}
-    for name, G in (("", trainer.G), ("_ema", trainer.G_ema)):
-        if G is not None:
-            x = torch.cat(list(core.generate(G, cfg.n_fid, cfg.z_dim)))
-            n = geometry.count(x, side)[0].clamp(max=4)
-            row |= {f"correct{name}": correct(x, side, "tolerant").float().mean().item(),
-                    f"correct_exact{name}": correct(x, side, "exact").float().mean().item(),
-                    f"hist{name}": (n.bincount(minlength=5) / len(n)).tolist()}
+    side, row = t.cfg.size // 4, {}
+    for suffix, batches in t.fakes(t.cfg.n_fid).items():
+        x = torch.cat(list(batches))
+        for key, counter in zip(("correct", "correct_exact"), COUNTERS.values()):
+            row[key + suffix] = geometry.has_two(x, side, counter).float().mean().item()
+        n = geometry.count(x, side)[0].clamp(max=4).bincount(minlength=5)
+        row["hist" + suffix] = (n / len(x)).tolist()
     return row | {"wrong": 1 - row["correct"]}
 
 
-def coverage(G, cfg, images, n_show=30):
-    """Mode coverage, Figure 7, and what the paper lacks: memorised against new images.
-
-    Streams n_cover samples. Returns a dict (coverage_exact: how many of n_show random training
-    images are among them; distinct: different correct images; unseen_share: correct samples that
-    are no training image) and (n_show, 2, H, W) uint8, each image beside its nearest sample.
-    """
-    side, pick = cfg.size // 4, torch.randperm(len(images), generator=harness.generator(0, "cpu"))
-    shown = images[pick[:n_show]]
-    wanted = geometry.lit(shown).flatten(1).float()
-    least = torch.full((len(shown),), torch.inf)
-    nearest, seen, correct_n, unseen = torch.zeros_like(shown), geometry.pack(shown[:0]), 0, 0
-    for x in core.generate(G, cfg.n_cover, cfg.z_dim, seed=2):
-        x = x.cpu()
+def coverage(t, images, n_show=30):
+    """Mode coverage, Figure 7: how many of n_show training images are among n_cover samples, and,
+    which the paper lacks, the share of correct samples that are no training image. -> a dict, and
+    uint8 (n_show, 2, H, W), each training image beside its nearest sample."""
+    shown = images[torch.randperm(len(images), generator=core.generator(0))[:n_show]]
+    wanted, nearest, keys = geometry.lit(shown).flatten(1).float(), shown, []
+    least = wanted.new_full([len(shown)], torch.inf)            # pixels apart
+    for x in core.generate(t.G, t.latents(t.cfg.n_cover, seed=2)):
         lit = geometry.lit(x).flatten(1).float()
-        distance = wanted.sum(1, keepdim=True) + lit.sum(1) - 2 * wanted @ lit.T  # pixels apart
-        value, index = distance.min(1)
-        closer = value < least
-        least, nearest[closer] = torch.where(closer, value, least), x[index[closer]]
-        good = x[correct(x, side, "exact")]
-        correct_n, unseen = correct_n + len(good), unseen + (~geometry.is_in(good, images)).sum()
-        seen = torch.unique(torch.cat([seen, geometry.pack(good)]), dim=0)
-    return {"coverage_exact": int((least == 0).sum()), "coverage_n": len(shown),
-            "n_cover": cfg.n_cover, "distinct": len(seen),
-            "distinct_train": geometry.count_distinct(images),
-            "unseen_share": float(unseen) / max(correct_n, 1)}, torch.cat([shown, nearest], 1)
+        apart, index = (wanted.sum(1, keepdim=True) + lit.sum(1) - 2 * wanted @ lit.T).min(1)
+        nearest = torch.where((apart < least).view(-1, 1, 1, 1), x[index], nearest)
+        least = least.minimum(apart)
+        keys.append(geometry.pack(x[geometry.has_two(x, t.cfg.size // 4, geometry.count_exact)]))
+    keys, known = torch.cat(keys), geometry.pack(images)
+    new = (~geometry.is_in(keys, known)).sum().item()
+    return {"coverage_exact": (least == 0).sum().item(), "coverage_n": len(shown),
+            "n_cover": t.cfg.n_cover, "distinct": geometry.count_distinct(keys),
+            "distinct_train": geometry.count_distinct(known),
+            "unseen_share": new / max(len(keys), 1)}, torch.cat([shown, nearest], 1)
 
 
-def train(cfg, folder):
-    """One arm and seed, from scratch or from its checkpoint -> trainer and training images."""
-    device, (images, pool) = harness.pick_device(cfg.device), training_set(cfg)
-    trainer = core.Trainer(cfg, images, device, **hooks(cfg, pool.to(device)))
-    harness.open_run(folder, cfg, cfg.resume, cfg.data_parallel)
-    harness.fit(trainer, folder, score, best="wrong")
-    return trainer, images
+def to_90(row, column=1):
+    """First step of a row's curve with 90% correct, tolerant (column 1) or exact (2), or None."""
+    return next((point[0] for point in row["curve"] if point[column] >= 0.9), None)
 
 
-def evaluate(cfg, folder, trainer, images):
-    """The result row of a finished run: its last score, its curve, its mode coverage."""
-    scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "correct" in r]
-    covered, pairs = coverage(trainer.G, cfg, images)
+def run_squares(cfg, folder):
+    """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
+    images, pool = (x.to(harness.pick_device(cfg.device)) for x in training_set(cfg))
+    t = core.Trainer(cfg, images, *core.build(cfg), d_loss=ARMS[cfg.arm])
+    t.pool = pool
+    harness.fit(t, folder, score, best="wrong")
+    scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "wrong" in r]
+    (covered, pairs), x, last = coverage(t, images), t.preview(36), scored[-1]
     harness.save_grid(pairs.flatten(0, 1)[:, None], folder / "coverage.png", columns=10)
-    x = torch.cat(list(core.generate(trainer.G, 36, cfg.z_dim, seed=1)))
-    np.savez(folder / "samples.npz", samples=x.cpu(), pairs=pairs,
-             good=correct(x, cfg.size // 4, "tolerant").cpu())
-    row = {"arm": cfg.arm, "seed": cfg.seed, "steps": scored[-1]["step"],
-           "d_steps": scored[-1]["d_steps"], "n": cfg.n_fid,
-           **{k: v for k, v in scored[-1].items() if k.startswith(("correct", "hist"))},
-           "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored], **covered}
-    harness.write_json(folder / "row.json", row)
+    with harness.atomic(folder / "samples.npz") as tmp:
+        np.savez(tmp, samples=x.cpu(), pairs=pairs.cpu(),
+                 good=geometry.has_two(x, cfg.size // 4).cpu())
+    row = {"arm": cfg.arm, "seed": cfg.seed, "steps": last["step"], "d_steps": last["d_steps"],
+           "n": cfg.n_fid, **{k: v for k, v in last.items() if k.startswith(("correct", "hist"))},
+           "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored]}
+    return {**row, "to_90": to_90(row), **covered, "sc_counter": cfg.sc_counter}
 
 
-def run(cfg, folder):
-    evaluate(cfg, folder, *train(cfg, folder))
+def verdicts(rows, key, column):
+    """{arm: whether its words in PAPER hold} by the counter of `key`; own arms: above vanilla."""
+    share = {a: sweep.values(rows, key, arm=a) for a in [*PAPER, *(r["arm"] for r in rows)]}
+    first = {a: [to_90(r, column) or math.inf for r in rows if r["arm"] == a] for a in PAPER}
+    above = {a: sweep.verdict(share[a], share["vanilla"]) for a in share}
+    stuck = sweep.verdict([v + 0.1 for v in share["pcr"]], share["sc"], higher=False)
+    best = [word for a in ("vanilla", "pcr", "sc") for word in (
+        sweep.verdict(share["sc+pcr"], share[a]), sweep.verdict(first["sc+pcr"], first[a], False))]
+    return {**above, "vanilla": sweep.verdict(share["vanilla"], [0.5, 0.5], higher=False),
+            "pcr": sweep.all_of(above["pcr"], stuck), "sc": sweep.verdict(share["sc"], [0.9, 0.9]),
+            "sc+pcr": sweep.all_of(*best)}
 
 
-def plot_rectangles(result, folder):
+def claims(rows):
+    """Figure 1 by both counters and Figure 7, a claim an arm; of photographs Figure 5."""
+    if "curve" not in rows[0]:
+        return claims_photos(rows)
+    tolerant, exact, found = verdicts(rows, "correct", 1), verdicts(rows, "correct_exact", 2), []
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        mine = [r for r in rows if r["arm"] == arm]
+        share, to_pixel, hits, new = (sweep.values(mine, key) for key in (
+            "correct", "correct_exact", "coverage_exact", "unseen_share"))
+        paper, words = PAPER.get(arm, (None, "above vanilla"))
+        by = f" by the {mine[0].get('sc_counter', 'tolerant')} counter" * arm.startswith("sc")
+        first = ", ".join(f"{t:,}" if (t := to_90(r)) else "never" for r in mine)
+        total = mine[0]["coverage_n"]
+        found += [
+            {"paper": "Figure 1", "what": f"images of two rectangles, {arm}{by}: {words}", "theirs":
+             f"{paper:.0%}" if paper else "", "ours": f"{sweep.spread(share, 100)}, 90% at step "
+             f"{first}; to the pixel {sweep.spread(to_pixel, 100)}; n={len(mine)}",
+             "verdict": f"{tolerant[arm]}; to the pixel: {exact[arm]}", "front": True},
+            {"paper": "Figure 7", "what": f"training images found exactly in "
+             f"{mine[0]['n_cover']:,} samples, {arm}",
+             "theirs": "most of 30" if arm in ("pcr", "sc", "sc+pcr") else "",
+             "ours": f"{', '.join(map(str, hits))} of {total}; {sweep.spread(new, 100)} of correct "
+             "samples are no training image", "verdict": sweep.verdict(hits, [total / 2] * 2),
+             "front": arm == "sc+pcr"}]
+    return sorted(found, key=lambda claim: claim["paper"])
+
+
+def show(ax, images, title, columns=None, good=None):
+    """A grid of images (N, C, H, W) on an axis, those in red frames that are not `good` (N,)."""
+    if good is not None:
+        images = harness.frame(images, torch.where(good[:, None], 128, torch.tensor([230, 0, 0])))
+    ax.imshow(harness.grid(images, columns), interpolation="nearest")
+    ax.set_title(title)
+    ax.axis("off")
+
+
+def plot_squares(rows, cfg, folder):
     """What each arm draws, share correct over training, counts, modes -> figure."""
-    rows = result["rows"]
-    arms = [a for a in ARMS if any(r["arm"] == a for r in rows)]
-    steps = max(r["steps"] for r in rows)
-    fig = harness.figure(5.8)
-    top, middle, bottom = fig.subfigures(3, height_ratios=[1.15, 1.25, 0.6])
-    for ax, arm in zip(np.atleast_1d(top.subplots(1, len(arms))), arms):
-        row = next(r for r in rows if r["arm"] == arm)
-        with np.load(folder / run_name(row) / "samples.npz") as saved:
-            colours = [[128, 128, 128] if good else [230, 0, 0] for good in saved["good"]]
-            picture = harness.grid(harness.frame(saved["samples"], colours))
-        ax.imshow(picture, interpolation="nearest")
-        ax.set_title(f"{arm}: {100 * mean(rows, arm, 'correct'):.0f}% have two")
-        ax.axis("off")
+    arms, steps = list(dict.fromkeys(r["arm"] for r in rows)), max(r["steps"] for r in rows)
+    cured = [arm for arm in arms if arm != "vanilla"] or arms
+    fig = harness.figure(4.8 + 0.55 * len(cured))
+    top, middle, bottom = fig.subfigures(3, height_ratios=[2.1, 2.5, 0.55 * len(cured)])
     top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares")
     left, right = middle.subplots(1, 2, width_ratios=[1.5, 1])
-    for arm in arms:
-        curves = [list(zip(*r["curve"])) for r in rows if r["arm"] == arm]
-        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(curves)})", lw=1.6,
-                     **harness.STYLE[arm])
-        harness.band(left, [(c[0], c[2]) for c in curves], None, lw=0.7, alpha=0.7,
-                     **harness.STYLE[arm])
-        if PAPER[arm]:
-            left.annotate(f"paper {arm}", (steps * 1.01, PAPER[arm]),
-                          va="top" if arm == "sc" else "bottom", annotation_clip=False)
-            left.axhline(PAPER[arm], lw=0.5, color=harness.STYLE[arm]["color"])
+    modes = dict(zip(cured, bottom.subplots(len(cured), squeeze=False).flat))
+    for i, (arm, ax) in enumerate(zip(arms, top.subplots(1, len(arms), squeeze=False).flat)):
+        mine, style = [r for r in rows if r["arm"] == arm], harness.style(arm)
+        with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
+            x, pairs, good = (torch.from_numpy(saved[k]) for k in ("samples", "pairs", "good"))
+        share, curves = sweep.values(mine, "correct"), [list(zip(*r["curve"])) for r in mine]
+        show(ax, x, f"{arm}: {np.mean(share):.0%} have two", good=good)
+        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(mine)})", lw=1.6, **style)
+        harness.band(left, [c[::2] for c in curves], None, lw=0.7, alpha=0.7, **style)
+        right.bar(np.arange(5) + ((i + 0.5) / len(arms) - 0.5) * 0.8,
+                  np.mean(sweep.values(mine, "hist"), 0), 0.8 / len(arms), label=arm, lw=0,
+                  color=style["color"], hatch=[None, "///", "...", "xx"][i % 4], edgecolor="white")
+        if arm in modes:
+            same = (pairs == pairs[:, :1]).flatten(2).all(2)    # training image, sample
+            show(modes[arm], pairs[:10].flatten(0, 1)[:, None], f"{arm}: training image | nearest "
+                 "of {n_cover:,} samples, red if not equal: {coverage_exact} of {coverage_n} are; "
+                 "{unseen_share:.0%} of correct samples are new".format(**mine[0]), 20,
+                 same[:10].flatten())
+        if arm in PAPER:
+            left.plot(1, PAPER[arm][0], "<", color=style["color"], ms=4, alpha=0.8, clip_on=False,
+                      transform=left.get_yaxis_transform())
     left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
-             xlim=(0, steps), title="thick: tolerant counter, thin: pixel-exact counter")
+             xlim=(0, steps), title="thick: tolerant counter, thin: to the pixel, triangles: paper")
     left.legend(loc=(0.01, 0.65), labelspacing=0.2)
-    for i, arm in enumerate(arms):
-        share = np.mean([r["hist"] for r in rows if r["arm"] == arm], 0)
-        right.bar(np.arange(5) + (i - (len(arms) - 1) / 2) * 0.2, share, 0.2, label=arm,
-                  color=harness.STYLE[arm]["color"], hatch=[None, "///", "...", "xx"][i % 4],
-                  edgecolor="white", lw=0)
     right.set(xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"], ylabel="share of images",
               xlabel="rectangles in an image", ylim=(0, 1.02))
     right.legend()
-    ax, last = bottom.subplots(), rows[-1]
-    with np.load(folder / run_name(last) / "samples.npz") as saved:
-        ax.imshow(harness.grid(torch.from_numpy(saved["pairs"]).flatten(0, 1)[:, None], 20),
-                  cmap="gray", interpolation="nearest")
-    ax.axis("off")
-    ax.set_title(f"{last['arm']}: training image | nearest of {last['n_cover']:,} samples: "
-                 f"{last['coverage_exact']} of {last['coverage_n']} found exactly; "
-                 f"{100 * last['unseen_share']:.0f}% of correct samples are no training image")
     return fig
 
 
 # ----------------------------------------------------------------------------------- photographs
 
-# Section 5.3: Adam(2e-4, .5, .9), "e.g." 32 images and batches of 2, threshold 0.1. UNSPECIFIED:
-# all else. WGAN-GP on the DCGAN pair with one update of D per update of G; every seed has the same
-# 32 images.
-PHOTOS = {
-    "paper": dict(
-        n_train=32, n_heldout=2048, model="wgangp", arch="dcgan", loss="wgan", norm_d="none",
-        init_d="he", gp_weight=10.0, gp_comb=False, n_dis=1, steps=50_000, batch=2, lr_g=2e-4,
-        lr_d=2e-4, beta1=0.5, beta2=0.9, z_dim=128, width=64, base=4, comb_weight=0.5, flip=False,
-        lr_decay=False, ema_beta=0.0, n_fid=2048, dims=2048, n_dif=1024, checks=25, over=4,
-        sc_threshold=0.1, dif_norm="range", sc_replace="least", log_every=100, seeds=[0, 1, 2]),
-    # DEVIATION: 8 images, because with 32 no fake was under the threshold in 3,500 updates; narrow
-    # networks, CelebA at 32 px, a sixth of the updates at larger, falling step sizes; the distance
-    # of early Inception features of few samples instead of the FID.
-    "cpu": dict(size=32, n_train=8, width=24, steps=8000, lr_g=5e-4, lr_d=5e-4, lr_decay=True,
-                n_fid=64, dims=64, n_heldout=512, n_dif=256, checks=8, seeds=[0]),
-    "smoke": dict(jobs=1, size=32, n_train=8, n_heldout=32, width=8, z_dim=16, steps=4, n_fid=16,
-                  n_dif=16, checks=2, log_every=2, seeds=[0]),
-}
-PHOTO_ARMS = ("vanilla", "sc", "random")
 DUPLICATE, FLAT = 0.03, 0.02   # root mean square over pixels, in parts of the range 0 to 255
 
 
 def distances(x, y):
-    """L2 distances (M, N) of images (M, C, H, W) and (N, C, H, W), exact also where small."""
-    return torch.cdist(x.flatten(1), y.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def dif_scale(x_train, norm):
-    """The L2 distance whose DIF is 1, for training images (N, C, H, W) in [-1, 1]."""
-    # UNSPECIFIED: the normalisation. In parts of the largest distance that two images can have,
+    """L2 distances (M, N) of images (M, C, H, W) and (N, C, H, W) in [-1, 1], exact also where
+    small, in parts of the largest there can be. DIF is the least one to a training image."""
+    # UNSPECIFIED: the normalisation of DIF. In parts of the largest distance of any two images,
     # 0.1 is an error of 26 grey levels: a blurred copy's, not an unseen photograph's. In parts of
-    # the `mean` or `max` distance of training images hardly a blurred copy is under 0.1.
-    if norm == "range":
-        return 2 * x_train[0].numel() ** 0.5
-    scale = getattr(torch.pdist(x_train.flatten(1)), norm)().item()
-    if not scale > 0:
-        raise harness.UserError(f"--dif-norm {norm}: all training images are the same; try range")
-    return scale
+    # the mean or largest distance of training images hardly a blurred copy is under 0.1.
+    apart = torch.cdist(x.flatten(1), y.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    return apart / (2 * x[0].numel() ** 0.5)
 
 
-def dif(x, x_train, scale):
-    """DIF (M,) in [0, 1] of images x in [-1, 1], and which of x_train is nearest to each (M,)."""
-    least, nearest = distances(x, x_train).min(1)
-    return (least / scale).clamp(max=1), nearest
-
-
-def negatives(d, n_keep, threshold, arm, gen):
-    """Which of M fakes of DIF d (M,) make D's batch: the first n_keep, or spares for them.
-
-    `sc`: a fake under the threshold makes way for the spare of largest DIF. `random`: as many make
-    way, but which go and which spares come is drawn from gen. -> indices (n_keep,)
-    """
-    index = torch.arange(len(d), device=d.device)
-    keep, _ = core.sample_correction(index, -d, -threshold, n_keep)
-    if arm == "random":
-        stay, come = (torch.rand(n, generator=gen, device=d.device).argsort()
-                      for n in (n_keep, len(d) - n_keep))
-        keep = torch.where(index[:n_keep] < (keep >= n_keep).sum(), n_keep + come[:n_keep], stay)
-    return keep
-
-
-def correction(cfg, images, device):
-    """SC by DIF or its control as the trainer's `correct`; None for vanilla."""
-    x_train = core.to_float(images).to(device)
-    scale = dif_scale(x_train, cfg.dif_norm)
-
+def corrected(t, x_fake, gen=None):
+    """SC by DIF: of fakes (B, C, H, W) those under the threshold make way for the spares of largest
+    DIF. With a stream `gen` as many make way, but which, and for which spares, is drawn from it."""
     # UNSPECIFIED: what "replaced with less realistic ones" means. By the least realistic of
-    # over - 1 batches more (each drawn by itself, so that batch norm treats all alike), or by
-    # nothing (`discard`: weight 0, as for the rectangles).
-    def replace(trainer, x_fake):
-        x = torch.cat([x_fake, *(trainer.fake() for _ in range(cfg.over - 1))])
-        d, _ = dif(x, x_train, scale)
-        return x[negatives(d, len(x_fake), cfg.sc_threshold, cfg.arm, trainer.gen)], None
-
-    def discard(trainer, x_fake):
-        d, _ = dif(x_fake, x_train, scale)
-        _, weight = core.sample_correction(x_fake, -d, -cfg.sc_threshold)
-        order = torch.rand(len(d), generator=trainer.gen, device=device).argsort()
-        return x_fake, weight[order] if cfg.arm == "random" else weight
-
-    return None if cfg.arm == "vanilla" else {"least": replace, "discard": discard}[cfg.sc_replace]
+    # further batches, each drawn by itself, so that batch norm treats all alike.
+    x = torch.cat([x_fake, *(t.fake() for _ in range(t.cfg.spares))])
+    d, b = distances(x, t.x_train).amin(1), len(x_fake)
+    index = torch.arange(len(x), device=x.device)
+    keep, _ = core.sample_correction(index, -d, -t.cfg.sc_threshold, b)
+    if gen is not None:
+        stay, come = (torch.rand(n, generator=gen, device=x.device).argsort()
+                      for n in (b, len(x) - b))
+        keep = torch.where(index[:b] < (keep >= b).sum(), b + come[:b], stay)
+    return x[keep]
 
 
-def measure(x, images, cfg):
+PHOTO_ARMS = {  # `random` is a control: as many fakes are replaced, but any
+    "vanilla": core.d_loss,
+    "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, corrected(t, x_fake)),
+    "random": lambda t, x_real, x_fake: core.d_loss(t, x_real, corrected(t, x_fake, t.gen)),
+}
+
+
+def measure(x, images, threshold):
     """What samples owe to the training images; both uint8 (., C, H, W).
 
     dif: mean DIF. copies: share of samples under the threshold. recall: share of training images
@@ -303,27 +302,25 @@ def measure(x, images, cfg):
     count as collapse. noisy: share of samples rougher than every training image.
     """
     x, images = core.to_float(x), core.to_float(images.to(x.device))
-    d, nearest = dif(x, images, dif_scale(images, cfg.dif_norm))
-    copy, unit = d < cfg.sc_threshold, 2 * x[0].numel() ** 0.5
-    apart = distances(x, x) / unit + torch.eye(len(x), device=x.device)
-    flat = (x - x.mean((2, 3), keepdim=True)).flatten(1).norm(dim=1) / unit < FLAT
+    d, nearest = distances(x, images).min(1)
+    copy, apart = d < threshold, distances(x, x) + torch.eye(len(x), device=x.device)
+    flat = (x - x.mean((2, 3), keepdim=True)).square().flatten(1).mean(1).sqrt() / 2 < FLAT
     rough, known = (v.diff(dim=2).abs().mean((1, 2, 3)) + v.diff(dim=3).abs().mean((1, 2, 3))
                     for v in (x, images))
     return {"dif": d.mean().item(), "copies": copy.float().mean().item(),
             "recall": len(nearest[copy].unique()) / len(images),
-            "collapsed": int(((flat | (apart.min(1).values < DUPLICATE)) & ~copy).sum()),
+            "collapsed": int(((flat | (apart.amin(1) < DUPLICATE)) & ~copy).sum()),
             "noisy": (rough > known.max()).float().mean().item(), "n": len(x)}
 
 
 def prepare(cfg):
-    """Training images, other photographs that pose as samples, the score of samples, its name."""
+    """Training images, other photographs that pose as samples, the score of samples, what it is."""
     images = data.load(cfg.dataset, cfg.size, cfg.data_dir, "train", cfg.n_train)
-    core.check_batch(cfg, images)
     held = data.load(cfg.dataset, cfg.size, cfg.data_dir, "test")
-    if len(images) < 2 or len(held) < 4:
-        raise harness.UserError(f"--dataset {cfg.dataset}: needs 2 training images and 4 held out "
-                                f"(every tenth is), found {len(images)} and {len(held)}")
-    held = held[torch.randperm(len(held), generator=harness.generator(0, "cpu"))]
+    if len(held) < 4:
+        raise core.UserError(f"--dataset {cfg.dataset}: every tenth image is held out, that is "
+                             f"{len(held)}, but 4 are needed")
+    held = held[torch.randperm(len(held), generator=core.generator(0))]
     net = fid.load_inception(dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir,
                              device=harness.pick_device(cfg.device))
     ends = [fid.reference(net, v, cfg.data_dir / "cache")[0]
@@ -332,203 +329,147 @@ def prepare(cfg):
     def score(x):
         stats, _ = fid.features(net, x[:cfg.n_fid].split(fid.BATCH))
         own, other = (fid.frechet_distance(v.mean, v.cov, stats.mean, stats.cov) for v in ends)
-        return {"fid": own, "fid_heldout": other, "n_fid": stats.n,
-                **measure(x[:cfg.n_dif], images, cfg)}
+        return {"distance": own, "distance_heldout": other, "n_fid": stats.n,
+                **measure(x[:cfg.n_dif], images, cfg.sc_threshold)}
 
-    return images, held[1::2], score, {"score": net.label, "features": net.id,
-                                       "dims": len(ends[0].mean)}
+    return images, held[1::2], score, {"metric": net.label, "features": net.id, "dims": cfg.dims,
+                                       "dataset": cfg.dataset, "n_train": cfg.n_train}
 
 
 def references(cfg):
     """Rows of what no GAN drew: unseen photographs, a perfect copyist, averages of two, grey."""
     images, unseen, score, protocol = prepare(cfg)
-    gen, n = harness.generator(0, "cpu"), max(cfg.n_fid, cfg.n_dif)
+    gen, n = core.generator(0), max(cfg.n_fid, cfg.n_dif)
     i = torch.randint(len(images), (n,), generator=gen)
     j = (i + torch.randint(1, len(images), (n,), generator=gen)) % len(images)
     average = core.to_uint8((core.to_float(images[i]) + core.to_float(images[j])) / 2)
     shown = {"unseen photographs": unseen[:n], "copyist": images[i], "averages of two": average,
              "plain grey": torch.full_like(images[i], 128)}
-    return [{"part": "sc_reference", "arm": k, **score(v), **protocol} for k, v in shown.items()]
+    return [{"part": "sc_reference", "arm": k, **score(x), **protocol} for k, x in shown.items()]
 
 
 def run_photos(cfg, folder):
-    """One arm and seed, from scratch or from its checkpoint, and its rows, one a score."""
-    device, (images, _, score, protocol) = harness.pick_device(cfg.device), prepare(cfg)
-    trainer = core.Trainer(cfg, images, device, correct=correction(cfg, images, device))
-    harness.open_run(folder, {**vars(cfg), **protocol}, cfg.resume, cfg.data_parallel)
-    harness.fit(trainer, folder, lambda trainer: score(torch.cat(list(
-        core.generate(trainer.G, max(cfg.n_fid, cfg.n_dif), cfg.z_dim)))))
-    x, x_train = trainer.shown(24), core.to_float(images).to(device)
-    nearest = dif(core.to_float(x), x_train, dif_scale(x_train, cfg.dif_norm))[1].cpu()
-    np.savez(folder / "samples.npz", samples=x.cpu(), nearest=images[nearest], train=images[:24])
-    harness.write_json(folder / "row.json", [
-        {"part": "sc_natural", "arm": cfg.arm, "seed": cfg.seed, **r, **protocol}
-        for r in harness.read_rows(folder / "metrics.jsonl") if "fid" in r])
+    """Train one arm with one seed, from scratch or from its checkpoint -> its rows, one a score."""
+    images, _, score, protocol = prepare(cfg)
+    t = core.Trainer(cfg, images.to(harness.pick_device(cfg.device)), *core.build(cfg),
+                     d_loss=PHOTO_ARMS[cfg.arm])
+    t.x_train, n = core.to_float(t.data), max(cfg.n_fid, cfg.n_dif)
+    harness.fit(t, folder, lambda t: score(torch.cat(list(t.fakes(n)[""]))), protocol=protocol)
+    x = t.preview(24)
+    nearest = distances(core.to_float(x), t.x_train).argmin(1).cpu()
+    with harness.atomic(folder / "samples.npz") as tmp:
+        np.savez(tmp, samples=x.cpu(), nearest=images[nearest], train=images[:24])
+    return [{"part": "sc_natural", "arm": cfg.arm, "seed": cfg.seed, **r, **protocol}
+            for r in harness.read_rows(folder / "metrics.jsonl") if "distance" in r]
 
 
-def plot_photos(result, folder):
+def claims_photos(rows):
+    """Figure 5 at the end of training: distance and DIF, beside vanilla and the control."""
+    rows = [r for r in rows if "seed" in r]
+    last, arms, found = rows[-1], list(dict.fromkeys(r["arm"] for r in rows)), []
+    for key, what in (("distance", last["metric"]), ("dif", "DIF")):
+        ends = {arm: sweep.values(rows, key, arm=arm, step=last["step"]) for arm in arms}
+        name, n = Path(last["dataset"]).stem, len(ends[arms[0]])
+        found.append({
+            "paper": "Figure 5", "what": f"{name}, {last['n_train']} images: sc lowers the {what} "
+            f"of {', '.join(arms)}", "theirs": "by a large margin",
+            "verdict": sweep.beside(ends, "sc"),
+            "ours": ", ".join(map(sweep.spread, ends.values())) + f"; n={n}",
+            "front": key == "distance"})
+    return found
+
+
+PANELS = [  # of Figure 5: entries of a row as thick and thin lines, title, label
+    ("distance", "distance_heldout", "thick: to the {n_train} training images\nthin: to held-out "
+     "images", "{metric}, {n_fid} samples"),
+    ("dif", None, "DIF (SC replaces fakes under {sc_threshold:g})", "mean DIF, {n} samples"),
+    ("copies", "recall", "thick: samples that copy a training image\nthin: training images that "
+     "are copied", "share"),
+    ("collapsed", "noisy", "thick: collapsed samples, of {n}\nthin: share of samples rougher than "
+     "any training image", "share")]
+
+
+def plot_photos(rows, cfg, folder):
     """Samples of each arm above their nearest training images, and the curves -> figure."""
-    cfg, rows = result["config"], [r for r in result["rows"] if "seed" in r]
-    fixed = {r["arm"]: r for r in result["rows"] if "seed" not in r}
-    arms = [a for a in PHOTO_ARMS if any(r["arm"] == a for r in rows)]
-    first, n_train = rows[0], cfg["n_train"]
+    fixed = {r["arm"]: r for r in rows if "seed" not in r}
+    rows = [r | {"collapsed": r["collapsed"] / r["n"]} for r in rows if "seed" in r]
+    arms, first = list(dict.fromkeys(r["arm"] for r in rows)), rows[0] | cfg
     fig = harness.figure(7.6)
     top, bottom = fig.subfigures(2, height_ratios=[1, 2.2])
-    axes = top.subplot_mosaic([["train"] * len(arms), arms], height_ratios=[1, 2.2])
-    for arm, ax in axes.items():
-        keys = ["train"] if arm == "train" else ["samples", "nearest"]
-        with np.load(folder / run_name({**first, "arm": arm if arm in arms else first["arm"]})
-                     / "samples.npz") as saved:
-            lines = zip(*(torch.from_numpy(saved[k]).split(8) for k in keys))
-        x = torch.cat([line for pair in lines for line in pair])[:48]
-        ax.imshow(harness.grid(x, min(len(x), 24 if arm == "train" else 8)),
-                  interpolation="nearest")
-        ax.set_title(f"{len(x)} of the {n_train} training images; below: samples, and under each "
-                     "the training image nearest to it" if arm == "train" else arm)
-        ax.axis("off")
-    for ax, (thick, thin, title, label, limits) in zip(bottom.subplots(2, 2).flat, [
-            ("fid", "fid_heldout", f"thick: to the {n_train} training images\n"
-             "thin: to held-out images", f"{first['score']}, {first['n_fid']} samples", None),
-            ("dif", None, f"DIF (SC replaces fakes under {cfg['sc_threshold']:g})",
-             f"mean DIF, {first['n']} samples", (-0.01, None)),
-            ("copies", "recall", "thick: samples that copy a training image\n"
-             "thin: training images that are copied", "share", (-0.02, 1.02)),
-            ("collapsed", "noisy", "thick: collapsed samples\nthin: samples rougher than any "
-             "training image", "share", (-0.02, 1.02))]):
+    top.suptitle("Samples, and under each the training image nearest to it")
+    for arm, ax in zip(arms, top.subplots(1, len(arms), squeeze=False).flat):
+        with np.load(folder / f"{arm}-s{first['seed']}" / "samples.npz") as saved:
+            pairs = torch.stack([torch.from_numpy(saved[k]) for k in ("samples", "nearest")])
+        show(ax, pairs.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2), arm, columns=8)
+    for ax, (thick, thin, title, label) in zip(bottom.subplots(2, 2).flat, PANELS):
         for arm in arms:
-            here = [[r for r in rows if (r["arm"], r["seed"]) == (arm, s)] for s in cfg["seeds"]]
-            for key, width in [(thick, 1.6), (thin, 0.7)][:1 + bool(thin)]:
-                unit = first["n"] if key == "collapsed" else 1
-                harness.band(ax, [([r["step"] for r in run], [r[key] / unit for r in run])
-                                  for run in here], f"{arm} (n={len(here)})" if key == thick else
-                             None, lw=width, **harness.STYLE[arm])
-        for name, row in fixed.items() if thick in ("fid", "dif") else ():
+            for key, width in ((thick, 1.6), (thin, 0.7)) if thin else ((thick, 1.6),):
+                runs = [[sweep.values(rows, k, arm=arm, seed=seed) for k in ("step", key)]
+                        for seed in cfg["seeds"]]
+                harness.band(ax, runs, f"{arm} (n={len(runs)})" if key == thick else None,
+                             lw=width, **harness.style(arm))
+        for name, row in fixed.items() if thick in ("distance", "dif") else ():
             ax.axhline(row[thick], color="0.5", lw=0.7, ls=(0, (1, 2)))
             side = {"plain grey": "top", "unseen photographs": "bottom"}.get(name, "center")
             ax.annotate(f" {name}", (1, row[thick]), xycoords=("axes fraction", "data"), va=side)
-        ax.set(xlabel="updates of G", ylabel=label, xlim=(0, None),
-               **{"ylim": limits} if limits else {"yscale": "log"})
-        ax.set_title(title)
-        if thick == "copies":
-            ax.legend()
-    copyist, unseen, grey = (fixed[k] for k in ("copyist", "unseen photographs", "plain grey"))
+        ax.set(xlabel="updates of G", xlim=(0, None), title=title.format(**first),
+               ylabel=label.format(**first), **{"yscale": "log"} if thick == "distance" else
+               {"ylim": (-0.02, 1.02 if label == "share" else None)})
+    ax.legend()
+    copyist, unseen = fixed["copyist"], fixed["unseen photographs"]
     fig.suptitle(
-        f"{Path(cfg['dataset']).name}, batches of {cfg['batch']}. Paper, Figure 5: with SC \"FID "
+        f"{Path(first['dataset']).stem}, batches of {cfg['batch']}. Paper, Figure 5: with SC \"FID "
         "and DIF scores are both better during training\".\nBoth reward memorising: a perfect "
-        f"copyist has {first['score']} {copyist['fid']:.2g} and DIF 0, unseen photographs "
-        f"{unseen['fid']:.2g} and {unseen['dif']:.2f};\nplain grey has a DIF of "
-        f"{grey['dif']:.2f}."
-        + " Few images, so that distances are too large: compare arms only."
-        * bool(fid.rank_note(min(n_train, first["n_fid"]), first["dims"])))
+        f"copyist has {first['metric']} {copyist['distance']:.2g} and DIF 0, unseen photographs "
+        f"{unseen['distance']:.2g} and {unseen['dif']:.2f}.\nPlain grey has a DIF of "
+        f"{fixed['plain grey']['dif']:.2f}. " + "Few images make distances too large: compare arms "
+        "only." * bool(fid.rank_note(min(first["n_train"], first["n_fid"]), first["dims"])))
     return fig
 
 
 # ----------------------------------------------------------------------------------- the command
 
 
-def flags():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--dataset", default="geometry", help="geometry (rectangles), cifar10, celeba, imagenet, "
-        "or a folder or zip of images (%(default)s)")
-    add("--arms", nargs="+", choices=list(dict.fromkeys([*ARMS, *PHOTO_ARMS])),
-        help="default: all that the data set has")
-    add("--size", type=int, help="pixels, squares are a quarter (preset)")
-    add("--n-train", type=int, help="training images (preset)")
-    add = p.add_argument_group("rectangles").add_argument
-    add("--n-cover", type=int, help="samples searched for training images (preset)")
-    add("--sc-counter", choices=["exact", "tolerant"], help="what SC takes for realistic (preset)")
-    add = p.add_argument_group("photographs").add_argument
-    add("--sc-threshold", type=float, help="SC replaces fakes of a DIF below it (0.1)")
-    add("--dif-norm", choices=["range", "mean", "max"], help="what distance has DIF 1: the largest "
-        "of any two images, the mean or the largest of training images (range)")
-    add("--sc-replace", choices=["least", "discard"],
-        help="by the least realistic spare, or by nothing (least)")
-    add("--over", type=int, help="batches of fakes drawn for one, with `least` (4)")
-    add("--n-heldout", type=int, help="unseen images in the second FID (preset)")
-    add("--n-dif", type=int, help="samples per DIF and share of copies (preset)")
-    add("--dims", type=int, choices=[64, 192, 768, 2048], help="FID features (preset)")
-    add("--data-dir", type=Path, default=data.DATA_DIR,
-        help="data sets, weights and caches; or set GAN_DATA (%(default)s)")
-    add("--fid-weights", help="Inception weights; default: data-dir or a download")
-    harness.run_flags(p, PRESETS)
-    core.train_flags(p)
-    return p
-
-
-def check(cfg):
-    """UserError for what cannot be run, before anything is written."""
-    if cfg.dataset == "geometry":
-        if cfg.size < 16 or cfg.n_train < 2 or cfg.n_train % 2 or cfg.n_cover < 1:
-            raise harness.UserError(f"--size {cfg.size} must be at least 16, --n-train "
-                                    f"{cfg.n_train} even and at least 2, --n-cover {cfg.n_cover} "
-                                    "at least 1")
-        return core.check_batch(cfg, training_set(cfg)[0])
-    if not 0 <= cfg.sc_threshold <= 1:
-        raise harness.UserError(f"--sc-threshold {cfg.sc_threshold}: must be from 0 to 1")
-    if min(cfg.over, cfg.n_heldout, cfg.n_dif) < 2:
-        raise harness.UserError(f"--over {cfg.over}, --n-heldout {cfg.n_heldout}, --n-dif "
-                                f"{cfg.n_dif}: must be at least 2")
-    images, _, _, protocol = prepare(cfg)
-    dif_scale(core.to_float(images), cfg.dif_norm)
-    print(f"scored by {protocol['score']} of {cfg.n_fid} fakes; "
-          f"{fid.rank_note(min(len(images), cfg.n_fid), protocol['dims']) or ''}")
-
-
-def mean(rows, arm, key):
-    return float(np.mean([r[key] for r in rows if r["arm"] == arm]))
-
-
-def run_name(row):
-    return f"{row['arm']}-s{row['seed']}"
-
-
 def plot(folder):
     """figure.png from the files."""
-    result = harness.read_result(folder, Path(__file__).stem)
-    draw = plot_rectangles if result["config"]["dataset"] == "geometry" else plot_photos
-    harness.save_figure(draw(result, folder), folder)
+    result = sweep.read_result(folder, Path(__file__).stem)
+    draw = plot_squares if "curve" in result["rows"][0] else plot_photos
+    harness.save_figure(draw(result["rows"], result["config"], folder), folder)
     return result
 
 
+def flags():
+    p = sweep.parser(__doc__, PRESETS, OWN, ARMS | PHOTO_ARMS)
+    p.set_defaults(dataset="geometry", data_dir=data.DATA_DIR)
+    return p
+
+
 def main(argv=None):
-    args, start = flags().parse_args(argv), time.time()
+    args = sweep.parse(flags(), __file__, argv)
     if args.plot:
         return plot(args.plot)
-    device = harness.pick_device(args.device)
     if args.sample:
-        return core.sample_checkpoint(args.sample, args.n, args.out, device)
-    name = args.preset or ("paper" if device.type == "cuda" else "cpu")
+        return harness.sample(args)
     squares = args.dataset == "geometry"
-    presets, arms, one_run = (PRESETS, ARMS, run) if squares else (PHOTOS, PHOTO_ARMS, run_photos)
+    presets, arms, others, run = ((PRESETS, ARMS, OF_PHOTOS, run_squares) if squares else
+                                  (PHOTOS, PHOTO_ARMS, OF_SQUARES, run_photos))
     args.arms = args.arms or list(arms)
-    for key in {*PRESETS["paper"], *PHOTOS["paper"]} - {*presets["paper"], "seeds"}:
-        if getattr(args, key) is not None and key != "size":
-            raise harness.UserError(f"--{key.replace('_', '-')}: not with --dataset {args.dataset}")
-    if wrong := [a for a in args.arms if a not in arms]:
-        raise harness.UserError(f"--arms {wrong[0]}: with --dataset {args.dataset} choose from "
-                                f"{', '.join(arms)}")
-    cfg = core.resolve(args, {"size": data.SIZES.get(args.dataset, 64)}, presets["paper"],
-                       presets[name], preset=name, channels=1 if squares else 3)
-    if harness.announce([cfg], args.dry_run):
+    wrong = [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]
+    if wrong := wrong + [f"--arms {arm}" for arm in args.arms if arm not in arms]:
+        raise core.UserError(f"{wrong[0]}: not with --dataset {args.dataset}, whose arms are "
+                             f"{', '.join(arms)}")
+    cfg = sweep.resolve(args, OWN, COMMON, {"size": data.SIZES.get(args.dataset, 64)},
+                        presets["paper"], presets[args.preset], channels=1 if squares else 3)
+    runs = [Namespace(**vars(cfg), arm=arm, seed=seed, run=f"{arm}-s{seed}")
+            for seed in cfg.seeds for arm in cfg.arms]
+    if sweep.announce(runs, args.dry_run):
         return {}
-    check(cfg)
-    name = args.name or f"{Path(args.dataset).stem}-{name}"
-    folder = harness.open_run(args.outdir / Path(__file__).stem / name, cfg, args.resume,
-                              sweep=True)
-    ones = [argparse.Namespace(**vars(cfg), arm=a, seed=s) for s in cfg.seeds for a in cfg.arms]
-    rows = harness.run_all(one_run, [(one, folder / run_name(vars(one))) for one in ones],
-                           cfg.jobs, device)
-    last, keys = rows, ("correct", "correct_exact", "coverage_exact", "distinct", "unseen_share")
-    paper = {"correct": PAPER, "coverage": "most of 30, Figure 7"}
-    if not squares:
-        last, rows = [r[-1] for r in rows], references(cfg) + sum(rows, [])
-        keys = ("fid", "fid_heldout", "dif", "copies", "recall", "collapsed", "noisy")
-        paper = {"figure_5": "SC lowers FID and DIF during training, by a large margin"}
-    for arm in cfg.arms:
-        print(f"{arm:8s}" + "".join(f"  {k} {mean(last, arm, k):.3f}" for k in keys))
-    harness.write_result(folder, Path(__file__).stem, cfg, device, start, rows, paper)
+    if not sweep.worker():      # what is missing or wrong shows here, before any file
+        images, *_ = training_set(cfg) if squares else prepare(cfg)
+        core.check_batch(cfg, len(images))
+    folder, rows = sweep.train_all(args, f"{Path(args.dataset).stem}-{args.preset}", runs, run)
+    rows = rows if squares else references(cfg) + rows
+    sweep.write_result(args, folder, runs, rows, claims(rows))
     return plot(folder)
 
 

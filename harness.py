@@ -1,50 +1,32 @@
-"""The shared plumbing: commands, run folders, runs side by side, the training loop, figures.
+"""The plumbing of one run: commands and files, checkpoints, the training loop, figures' style.
 
-A run leaves `config.json`, `metrics.jsonl`, `samples/*.png`, `ckpt.pt`, `result.json` and
-`figure.png` in its folder; every file appears whole or not at all.
+A run leaves `config.json`, `metrics.jsonl`, `samples/*.png` and `ckpt.pt` in its folder. Every
+file appears whole or not at all.
 """
 import argparse
 import contextlib
-import datetime
 import hashlib
 import io
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
-from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
+import core
+from core import UserError
 
-# ------------------------------------------------------------------------------------- runs
-
-
-class UserError(ValueError):
-    """A user's mistake. The message is the one line shown before exit code 2."""
-
-
-class Follower(Exception):
-    """Ends a run in every process but the first, where all work on the same one."""
+# ------------------------------------------------------------------------------- commands and files
 
 
 def cli(main):
@@ -61,52 +43,30 @@ def cli(main):
         sys.exit(130)
 
 
-def run_flags(parser, presets):
-    """Flags that every script has. `presets` are the names `--preset` accepts."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--preset", choices=presets, help="default: paper on CUDA, cpu elsewhere")
-    g.add_argument("--smoke", action="store_const", const="smoke", dest="preset",
-                   help="the same as --preset smoke: seconds, to see that everything works")
-    g.add_argument("--seeds", type=int, nargs="+", help="one run each; default 0 or the preset's")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    g.add_argument("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
-    g.add_argument("--name", help="run folder; default: dataset, model and preset")
-    g.add_argument("--jobs", type=int, help="runs side by side; default one, on a CPU one a core")
-    g.add_argument("--resume", action="store_true", help="go on in an existing run folder")
-    g.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
-    g.add_argument("--plot", type=Path, metavar="RUN", help="redraw RUN/figure.png and stop")
-
-
 def pick_device(name):
-    """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError if the machine lacks it."""
-    if name == "auto":  # under torchrun a GPU of its own for each process
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError says why it cannot be used.
+
+    Of several processes on a machine each takes a GPU of its own, by torchrun's or Slurm's number.
+    """
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else
+                              "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local % max(torch.cuda.device_count(), 1))
         torch.zeros(1, device=device).item()  # `meta` has no numbers
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where a CUDA graph is captured
-    except (RuntimeError, AssertionError, ValueError):
-        raise UserError(f"--device {name}: not on this machine; try --device cpu") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return device
 
 
-def generator(seed, device):
-    """A random stream of its own, so that evaluation never disturbs training."""
-    return torch.Generator(device).manual_seed(seed)
-
-
-def plain(value):
-    """`value` with paths, devices, tensors and the like turned into what JSON can hold."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+def to_jsonable(value):
+    """`value` as JSON gives it back: tensors as lists, namespaces as dicts, paths as strings."""
+    def convert(v):
+        return (v.tolist() if isinstance(v, (torch.Tensor, np.ndarray, np.generic)) else
+                vars(v) if isinstance(v, argparse.Namespace) else str(v))
+    return json.loads(json.dumps(value, default=convert))
 
 
 @contextlib.contextmanager
@@ -126,12 +86,13 @@ def atomic(path):
 
 def write_json(path, value):
     with atomic(path) as tmp:
-        tmp.write_text(json.dumps(plain(value), indent=1) + "\n")
+        tmp.write_text(json.dumps(to_jsonable(value), indent=1) + "\n")
 
 
 def read_json(path):
-    """The object in a .json file, or None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The object in a .json file; None if there is no such file, or no JSON in it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(path.read_text())
 
 
 def read_rows(path):
@@ -149,88 +110,9 @@ def digest(x):
     return hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()[:32]
 
 
-def git_hash():
-    """Commit of the code, `-dirty` behind it if changed, or None outside a checkout."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True,
-                              cwd=Path(__file__).parent, check=True, capture_output=True,
-                              timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-FREE_TO_CHANGE = {"resume", "jobs", "seeds", "arms", "outdir", "name", "device", "data_dir",
-                  "fid_weights"}
-
-
-def differences(old, new):
-    """What differs between two configurations so that a run of one cannot go on as the other."""
-    return "; ".join(f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted({*old, *new})
-                     if k not in FREE_TO_CHANGE and old.get(k) != new.get(k))
-
-
-HELD = {}  # the lock files of the run folders that this process works in
-
-
-def hold(folder):
-    """Keep other processes out of a run folder until this one ends; UserError if one is in it."""
-    lock = folder / ".lock"
-    if fcntl and not (folder in HELD and lock.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
-        HELD[folder] = open(lock, "w")
-        try:
-            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            HELD.pop(folder).close()
-            raise UserError(f"{folder} is in use by another process") from None
-        except OSError:
-            pass  # a file system without locks
-
-
-def open_run(folder, cfg, resume, sweep=False):
-    """Create `folder` with its config.json, or reopen it under `--resume`; returns the Path.
-
-    `sweep`: under torchrun the first process opens it for all (the parent of the run folders, or
-    a run that all work on). Raises UserError if it exists and `resume` is false, if it was made
-    with another config, or if another process works in it.
-    """
-    folder, cfg, path = Path(folder), plain(cfg), Path(folder) / "config.json"
-    if sweep and join():
-        dist.barrier()  # opened, once the first process is here too
-        return folder
-    made = [git_hash() or ""]
-    if path.exists():
-        if not resume:
-            raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
-        try:
-            old = json.loads(path.read_text())
-            differ = differences(old["flags"], cfg)
-            made += [commit for commit in commits(old) if commit not in made]
-        except (json.JSONDecodeError, KeyError):
-            raise UserError(f"{path} is damaged: choose another --name") from None
-        if differ:
-            raise UserError(f"{folder} was made with another configuration, so choose another "
-                            f"--name: {differ}")
-    hold(folder)
-    for left in folder.glob(".*.tmp*"):  # what a kill left half written
-        left.unlink(missing_ok=True)
-    write_json(path, {"flags": cfg, "command": sys.argv, "host": platform.machine(),
-                      "threads": torch.get_num_threads(), **versions(), "git": made})
-    if sweep and dist.is_initialized():
-        dist.barrier()
-    return folder
-
-
-def commits(config):
-    """The commits that a run was started and gone on with at, from its config.json."""
-    made = config.get("git") or []
-    return [made] if isinstance(made, str) else made
-
-
-def versions():
-    """Commit of the code and versions of what it runs on."""
-    return {"git": git_hash(), "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__}
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def chip(device):
@@ -242,40 +124,45 @@ def chip(device):
     return platform.processor() or platform.machine()
 
 
-def announce(configs, dry_run):
-    """Print the resolved configurations; returns dry_run, so that a script can stop there."""
-    for cfg in configs if int(os.environ.get("RANK", 0)) == 0 else []:
-        print("  ".join(f"{k}={v}" for k, v in sorted(plain(cfg).items()) if v is not None))
-    return dry_run
+def versions():
+    """Commit of the code (`-dirty` if changed, None outside a checkout), versions it runs on."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
+            text=True, check=True, capture_output=True, timeout=10).stdout.strip()
+    return {"git": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
 
 
-def write_result(folder, script, cfg, device, start, rows, paper):
-    """result.json: what was measured since `start`, the paper's numbers, what was asked for, and
-    what it was made with: versions, commits, hashes of the training images; not where on the disk.
+# ---------------------------------------------------------------------------------------- one run
+
+
+# Settings that say where and how fast a run goes on, not what comes out.
+FREE_TO_CHANGE = {"resume", "jobs", "seeds", "arms", "outdir", "name", "device", "data_dir",
+                  "fid_weights", "run"}
+
+
+def differences(old, new):
+    """How two configurations differ so that a run of one cannot go on as the other, in words.
+
+    What only one of them knows does not count: flags come and go between versions.
     """
-    made = [read_json(p) for p in (folder / "config.json", *folder.glob("*/config.json"))]
-    hashes = {run["flags"].get("data_hash", "") for run in made}
-    result = plain({"script": script, "preset": cfg.preset,
-                    "seconds": round(time.time() - start, 1),
-                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    "device": f"{device.type}: {chip(device)}, {cores()} cores, "
-                              f"{torch.get_num_threads()} threads",
-                    **versions(), "git": sorted({c for run in made for c in commits(run)}),
-                    "data": sorted(hashes - {""}), "rows": rows, "paper": paper, "config": {
-                        k: v for k, v in vars(cfg).items() if k not in ("outdir", "data_dir")}})
-    write_json(folder / "result.json", result)
-    return result
+    return "; ".join(f"{k} was {old[k]}, is {v}" for k, v in sorted(to_jsonable(new).items())
+                     if k not in FREE_TO_CHANGE and k in old and old[k] != v)
 
 
-def read_result(folder, script):
-    """The result.json of a run folder of `script`; UserError if there is none."""
-    try:
-        result = read_json(folder / "result.json")
-    except ValueError:  # no JSON, or no text
-        result = None
-    if not isinstance(result, dict) or result.get("script") != script or not result.get("rows"):
-        raise UserError(f"{folder} holds no finished run of {script}.py")
-    return result
+def read_config(folder, cfg, protocol=None):
+    """The config.json of a run folder, without one as good as empty; UserError if not `cfg`'s."""
+    path = folder / "config.json"
+    old = read_json(path) if path.exists() else {"flags": {}}
+    if not isinstance(old, dict) or not isinstance(old.get("flags"), dict):
+        raise UserError(f"{path} is damaged: choose another --name")
+    if differ := (differences(old["flags"], vars(cfg)) or
+                  differences(old.get("protocol", {}), protocol or {})):
+        raise UserError(f"{folder} was made with another configuration, so choose another "
+                        f"--name: {differ}")
+    return old
 
 
 @contextlib.contextmanager
@@ -300,89 +187,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def run_all(run, cells, jobs, device):
-    """run(cfg, folder) for every cell (cfg, folder) without a row.json; read all row.json.
-
-    With jobs > 1 each is a process of its own, with its share of the cores; jobs None is one on a
-    GPU and one a core elsewhere (two runs on a core each beat one run on two cores by far).
-    A signal stops them all, saved. A process that fails leaves the others going; UserError names
-    it in the end. Under torchrun every process takes its share of what is left to do, or of each
-    batch (--data-parallel), and the first one alone returns, when all are done.
-    """
-    rank, together = join(), vars(cells[0][0]).get("data_parallel")
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    jobs = jobs or (1 if device.type == "cuda" else min(len(cells), max(
-        1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
-    waiting = [c for c in cells if not (c[1] / "row.json").exists()]
-    if world > 1:
-        dist.barrier()  # before any is done, so that all share out the same cells
-        jobs, waiting = (1, waiting) if together else (jobs, waiting[rank::world])
-    running, failed, told = [], [], False
-    while jobs == 1 and waiting:
-        cfg, folder = waiting.pop(0)
-        try:
-            run(cfg, folder)
-        except Follower:
-            pass
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
-            if together:
-                raise
-            print(f"{folder.name}: {error}", file=sys.stderr)
-            failed.append(folder.name)
-    spawn = multiprocessing.get_context("spawn")
-    with stop_signals() as caught:
-        while running or (waiting and not caught):
-            while waiting and len(running) < jobs and not caught:
-                cfg, folder = waiting.pop(0)
-                running.append(spawn.Process(name=folder.name, target=run_alone, args=(
-                    run, argparse.Namespace(**{**vars(cfg), "jobs": jobs}), folder)))
-                running[-1].start()
-            multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.5)
-            if caught and not told:
-                told = True
-                for process in running:
-                    process.terminate()
-            ended = [p for p in running if p.exitcode is not None]  # asked once: it may change
-            failed += [p.name for p in ended if p.exitcode]
-            running = [p for p in running if p not in ended]
-    if caught:
-        sys.exit(128 + caught[0])
-    if world > 1:
-        dist.barrier()  # a failure here must not end what others are at
-    if failed:
-        raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
-    if world > 1:
-        dist.destroy_process_group()
-    if rank:
-        sys.exit(0)
-    return [read_json(folder / "row.json") for _, folder in cells]
-
-
-def join():
-    """Rank of this process among those that torchrun started, 0 without it; joins them once."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def run_alone(run, cfg, folder):
-    """What one process of run_all does."""
-    os.environ["WORLD_SIZE"] = "1"  # the share is given out already
-    parent = multiprocessing.parent_process()
-    threading.Thread(daemon=True, target=lambda: (  # killed without a word: save and stop
-        parent.join(), os.kill(os.getpid(), signal.SIGTERM))).start()
-    torch.set_num_threads(max(1, cores() // cfg.jobs))
-    cli(lambda: run(cfg, folder))
-
-
-# ---------------------------------------------------------------------------------- the loop
-
-
 def read_checkpoint(path):
     """The dict of a ckpt.pt, opened without running code; UserError if it is none or damaged."""
     try:
@@ -390,7 +194,7 @@ def read_checkpoint(path):
             if bad := z.testzip():
                 raise ValueError(f"{bad} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["G"], state["config"]["model"]
+        state["G"], state["config"].items()
         return state
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -399,110 +203,139 @@ def read_checkpoint(path):
             from None
 
 
-def fit(trainer, folder, evaluate=None, best="fid", each_step=False):
-    """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
+def sample(args, networks=core.build, prior=core.normal_prior):
+    """Draw args.n images from the checkpoint args.sample into the picture args.out."""
+    from PIL import Image
+    if not 1 <= args.n <= 10 ** 5 or args.out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--n {args.n} --out {args.out}: need an image at least, and a name like "
+                        "grid.png")
+    state, device = read_checkpoint(args.sample), pick_device(args.device)
+    t = argparse.Namespace(cfg=argparse.Namespace(**state["config"]), device=device,
+                           gen=core.generator(0, device))
+    t.G = networks(t.cfg)[0].to(device)
+    t.G.load_state_dict(state["G"])
+    save_grid(torch.cat(list(core.generate(t.G, prior(t, args.n)))), args.out)
+    print(args.out)
+    return {"out": str(args.out), "n": args.n, "step": state["step"]}
 
-    evaluate(trainer) -> dict of numbers, called every eval_every updates; the state of the lowest
-    `best` so far is kept as best.pt. A log is the mean over log_every updates, with `each_step` a
-    row for each of them. Raises UserError at the first metric that is not finite. A first Ctrl-C
-    or SIGTERM finishes the update, saves, and exits 130 or 143. Under --data-parallel the first
-    process alone writes and returns, the others end in Follower.
-    """
-    cfg, ckpt, metrics = trainer.cfg, folder / "ckpt.pt", folder / "metrics.jsonl"
-    log = torch.zeros(cfg.log_every, len(trainer.METRICS), device=trainer.device)
+
+def open_run(trainer, folder, protocol):
+    """Write a run's config.json and take up its checkpoint, if there is one -> (rows of its
+    metrics.jsonl, what was logged since the last one)."""
+    cfg, ckpt, window = trainer.cfg, folder / "ckpt.pt", []
+    cfg.data_hash = digest(trainer.data)
+    old, now = read_config(folder, cfg, protocol), versions()
+    write_json(folder / "config.json", {
+        "flags": cfg, "protocol": protocol, "command": sys.argv, "host": platform.machine(),
+        "threads": torch.get_num_threads(), **now,
+        "git": list(dict.fromkeys([*old.get("git", []), now["git"] or ""]))})
     if ckpt.exists():
         state = read_checkpoint(ckpt)
-        if differ := differences(state["config"], plain(cfg)):
+        if differ := differences(state["config"], vars(cfg)):
             raise UserError(f"{ckpt} was made with another configuration: {differ}")
         trainer.load(state)
-        log[:len(state["log"])] = state["log"].to(log)
-    if trainer.rank:
-        with stop_signals() as caught:
-            while trainer.step < cfg.steps:
-                trainer.update()
-                if stop := trainer.agree(caught):
-                    sys.exit(128 + stop)
-        raise Follower
-    rows = [r for r in read_rows(metrics) if r["step"] <= trainer.step]
-    with atomic(metrics) as tmp:
+        window = list(state["log"].to(trainer.device))
+    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["step"] <= trainer.step]
+    with atomic(folder / "metrics.jsonl") as tmp:
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return rows, window
+
+
+def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_step=False):
+    """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
+
+    evaluate(trainer) -> {name: number}, called every eval_every updates; the state of the lowest
+    `best` so far is kept as best.pt, the newest as ckpt.pt, at least every five minutes. A log is
+    the mean over log_every updates, with `each_step` a row for each of them. `protocol` says what
+    the scores are, in config.json. Raises UserError for a folder of another configuration and at
+    the first number that is not finite. A first Ctrl-C or SIGTERM finishes the update, saves, and
+    exits 130 or 143.
+    """
+    cfg, (rows, window) = trainer.cfg, open_run(trainer, folder, protocol or {})
     scores = {k: v for r in rows if best in r for k, v in r.items()}
     lowest = min((r[best] for r in rows if best in r), default=math.inf)
-    first, start = trainer.step, time.time()
-    if cfg.engine == "graph":
-        trainer.capture()
-
-    def save(path):
-        file = io.BytesIO()                             # torch.save hides what a full disk says
-        torch.save({**trainer.state(), "log": log[:trainer.step % cfg.log_every].clone()}, file)
-        with atomic(path) as tmp:
-            tmp.write_bytes(file.getbuffer())
+    first, start, saved = trainer.step, time.time(), time.time()
 
     def write(*rows):
         now = {"step": trainer.step, "d_steps": trainer.d_steps}
-        with open(metrics, "a") as f:
+        with open(folder / "metrics.jsonl", "a") as f:
             f.writelines(json.dumps({**now, **row}) + "\n" for row in rows)
 
-    def due(every):
-        return trainer.step % every == 0 or trainer.step == cfg.steps
+    def save(name):
+        file = io.BytesIO()                             # torch.save hides what a full disk says
+        torch.save({**trainer.state(), "config": to_jsonable(cfg),
+                    "log": torch.stack(window) if window else torch.empty(0)}, file)
+        with atomic(folder / name) as tmp:
+            tmp.write_bytes(file.getbuffer())
 
     with stop_signals() as caught, tqdm(
             total=cfg.steps, initial=first, desc=folder.name, unit="step", leave=False,
-            disable=cfg.jobs not in (None, 1) or None, smoothing=0.1) as bar:
+            disable="GAN_WORKERS" in os.environ or None, smoothing=0.1) as bar:
         while trainer.step < cfg.steps:
-            log[(trainer.step - 1) % cfg.log_every] = trainer.update()
+            logs = trainer.update()
+            window.append(torch.stack(list(logs.values())))
             bar.update()
-            stop = trainer.agree(caught)
-            if not (stop or any(due(getattr(cfg, f"{what}_every"))
-                                  for what in ("log", "eval", "sample", "ckpt"))):
+            log, check = (trainer.step % every == 0 or trainer.step == cfg.steps
+                          for every in (cfg.log_every, cfg.eval_every))
+            late = time.time() - saved > 300
+            if not (caught or log or check or late):
                 continue
             if not folder.is_dir():
                 raise UserError(f"{folder} has vanished at step {trainer.step}")
-            window = log[:(trainer.step - 1) % cfg.log_every + 1].cpu()  # the only host copy
-            bad = (~window.isfinite()).any(1).nonzero()
-            if len(bad):
-                at = trainer.step - len(window) + 1 + bad[0].item()
-                names = [k for k, v in zip(trainer.METRICS, window[bad[0, 0]]) if not v.isfinite()]
-                kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "no checkpoint"
-                raise UserError(f"{', '.join(names)} not finite at step {at} of {folder}; {kept}")
-            if due(cfg.log_every):
-                row = dict(zip(trainer.METRICS, window.double().mean(0).tolist()))
-                back = range(len(window) - 1, -1, -1)
-                write(*[{"step": trainer.step - i, "d_steps": trainer.d_steps - i * cfg.n_dis,
-                         **dict(zip(trainer.METRICS, values))}
-                        for i, values in zip(back, window.tolist())] if each_step else [row])
-                show(bar, folder.name, trainer, row, scores,
-                     (trainer.step - first) / (time.time() - start))
-            if evaluate and due(cfg.eval_every):
+            values = finite(trainer, folder, list(logs), torch.stack(window).cpu())
+            if log:
+                write(*(values if each_step else [show(bar, folder, trainer, values, scores, (
+                    trainer.step - first) / (time.time() - start))]))
+                window.clear()
+            if check and evaluate:
                 scores = evaluate(trainer)
+                if wrong := [k for k, v in scores.items() if np.size(v) and not np.all(
+                        np.isfinite(np.array(v, float)))]:
+                    raise UserError(f"{', '.join(wrong)} not finite at step {trainer.step} of "
+                                    f"{folder}")
                 write(scores)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in scores.items() if k == best})
                 if scores.get(best, math.inf) < lowest:
                     lowest = scores[best]
-                    save(folder / "best.pt")
-            if due(cfg.sample_every):
-                save_grid(trainer.shown(), folder / "samples" / f"{trainer.step:07d}.png")
-            if trainer.world == 1:
-                stop = trainer.agree(caught)            # while it was scoring, too
-            if stop or due(cfg.ckpt_every):
-                save(ckpt)
-            if stop:
-                sys.exit(128 + stop)
+                    save("best.pt")
+            if check and (x := trainer.preview()).dim() == 4:
+                save_grid(x, folder / "samples" / f"{trainer.step:07d}.png")
+            if caught or check or late:                 # caught may have come while scoring
+                save("ckpt.pt")
+                saved = time.time()
+            if caught:
+                sys.exit(128 + caught[0])
 
 
-def show(bar, name, trainer, row, scores, rate):
-    """One aligned line for a log, above the progress bar where there is one."""
+def finite(trainer, folder, names, window):
+    """Rows of what was logged in the last updates, (updates, names); UserError if one is not
+    finite."""
+    first = trainer.step - len(window) + 1
+    if len(bad := (~window.isfinite()).any(1).nonzero()):
+        wrong = [k for k, v in zip(names, window[bad[0, 0]]) if not v.isfinite()]
+        ckpt = folder / "ckpt.pt"
+        kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "no checkpoint"
+        raise UserError(f"{', '.join(wrong)} not finite at step {first + bad[0].item()} of "
+                        f"{folder}; {kept}")
+    return [{"step": first + i, "d_steps": (first + i) * trainer.cfg.n_dis,
+             **dict(zip(names, values))} for i, values in enumerate(window.tolist())]
+
+
+def show(bar, folder, trainer, values, scores, rate):
+    """The means of some rows, which are shown in one aligned line above the progress bar."""
+    mean = {k: float(np.mean([row[k] for row in values])) for k in values[0]}
+    mean |= {"step": trainer.step, "d_steps": trainer.d_steps}
     left = (trainer.cfg.steps - trainer.step) / rate
-    numbers = "  ".join(f"{k} {v:8.3f}" for k, v in row.items() if k in ("d_loss", "g_loss"))
     latest = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float))
-    bar.write(f"{name}  step {trainer.step:6d}  d_steps {trainer.d_steps:6d}  {numbers}  "
-              f"{rate:6.2f} steps/s  {left // 60:3.0f}:{left % 60:02.0f} left  {latest}",
-              file=sys.stdout)
+    bar.write(f"{folder.name}  step {trainer.step:6d}  d_steps {trainer.d_steps:6d}  d_loss "
+              f"{mean['d_loss']:8.3f}  g_loss {mean['g_loss']:8.3f}  {rate:6.2f} steps/s  "
+              f"{left // 60:3.0f}:{left % 60:02.0f} left  {latest}", file=sys.stdout)
+    return mean
 
 
-# ------------------------------------------------------------------------------------ figures
+# ----------------------------------------------------------------------------------------- figures
 
-# As wide as a page's text or GitHub's column, with type to be read there without enlarging.
+# As wide as a page's text, with type to be read there without enlarging.
 WIDTH, TYPE = 7, {"font.size": 7, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 8,
                   "legend.frameon": False, "legend.handlelength": 3, "lines.linewidth": 1.2,
                   "lines.markersize": 3}
@@ -515,15 +348,21 @@ STYLE = {
 }
 
 
+def style(arm):
+    """Colour and dash of an arm; one that is not in STYLE gets a colour of its own."""
+    return STYLE.setdefault(arm, {"color": f"C{len(STYLE) % 10}", "ls": (0, (3, 1, 1, 1))})
+
+
 def figure(height):
     """An empty figure of the common width and type; inches."""
+    import matplotlib.figure
     matplotlib.rcParams.update(TYPE)
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def grid(images, columns=None, pad=1):
     """uint8 (N, C, H, W) -> uint8 array (rows, columns, 3) of all images in a grid."""
-    images = images.cpu()
+    images = torch.as_tensor(images).cpu()
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -543,6 +382,7 @@ def frame(images, colours, width=2):
 
 def save_grid(images, path, columns=None, least=256):
     """Write a grid as an image file, enlarged by a whole factor to at least `least` px across."""
+    from PIL import Image
     picture = Image.fromarray(grid(images, columns))
     factor = max(1, math.ceil(least / picture.width))
     picture = picture.resize((picture.width * factor, picture.height * factor), 0)

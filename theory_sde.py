@@ -2,51 +2,46 @@
 
 The claims (Sections 3.3 and 4.3, Appendices A to D): batches of m leave the generator a variance of
 Theta(1/m), with constant steps (eq. 8) and with steps 1/t (eq. 10), and an L-Lipschitz D accepts
-averages of close real images (eq. 11). Here are the exact laws, and simulations that must agree:
+averages of close real images (eq. 11). Here are the exact laws and simulations that must agree:
 
     python theory_sde.py
 
-Expected: all |z| below 4.5 and no bound violated, exit code 1 otherwise; 400,000 paths take about
-80 s on one CPU core. Each coordinate of the model is a copy of this game, k = 1, 2, ...:
+Expected: all |z| below 4.5 and no bound violated, exit code 1 otherwise, in two minutes on one CPU
+core. Each coordinate of the model is a copy of this game, k = 1, 2, ...; x = eta mu:
 
     w     <- w + eta (xi - theta)       eq. (5), D's ascent    xi ~ N(0, 2/m): mean of m reals
     theta <- theta + mu w               eq. (6), G's descent           minus mean of m latents
 
-Steps and times are per iteration; x = eta mu. DEVIATION: ||w|| <= 1 is enforced only by `clip`.
-Without noise it holds by itself (eq. 31); with noise it does not, and eq. (25) drops it too.
+DEVIATION: the constraint ||w|| <= 1 is enforced only by `clip`. Without noise it holds by itself
+(eq. 31); with noise it does not, and eq. (25) drops it too.
 """
-import argparse
 import math
-import sys
-import time
-from pathlib import Path
+from argparse import Namespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import core
 import geometry
 import harness
+import sweep
 
-PRESETS = {     # runs of a check; the table's steps eta = mu and iterations; Adam steps of a critic
-    "paper": {"paths": 400_000, "eta": 0.05, "horizon": 10_000, "critic_steps": 400},
-    "smoke": {"paths": 2_000, "eta": 0.2, "horizon": 400, "critic_steps": 20},
+PRESETS = {     # runs of a check; the fixes' steps eta = mu and iterations; Adam steps of a critic
+    "paper": dict(paths=400_000, eta=0.05, horizon=10_000, critic_steps=400),
+    "smoke": dict(paths=2_000, eta=0.2, horizon=400, critic_steps=20),
 }
 PRESETS["cpu"] = PRESETS["paper"]
+OWN = {"paths": (int, 1000, 10 ** 8, "simulated runs of a check, at least 1000")}
 Z_MAX = 4.5     # of about 1000 z; a correct program fails by chance in less than 1% of all seeds
 CHUNK = 65_536  # paths at a time, so that their state stays in the processor's cache
 
-# ------------------------------------------------------- laws: m Var theta, around theta's own mean
+# ----------------------------------------------------- laws: m Var theta, around the mean of theta
 
 
 def flow_law(t, eta=1.0, mu=1.0):
-    """Theorem 1, eq. (8) solved: the constant-step flow (32) at time t >= 0.
-
-    2 t^3 / 3 at first and t later (unit steps): of order 1/m at each t > 0, but not for all t.
-    """
+    """Theorem 1, eq. (8) solved: the flow (32). For unit steps 2 t^3 / 3 at first and t later."""
     speed = np.sqrt(eta * mu)
     return eta * mu * (t - np.sin(speed * t) * np.cos(speed * t) / speed)
 
@@ -62,11 +57,8 @@ def clock(angle, power):
 
 
 def power_law(angle, power):
-    """That flow: 2 int_1^t s^(-2 power) sin^2(angle(t) - angle(s)) ds, to 1e-9 up to angle 100.
-
-    By Gauss-Legendre in the angle, where ds = s^power d angle.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(400)
+    """That flow: 2 int_1^t s^(-2 power) sin^2(angle(t) - angle(s)) ds, to 1e-9 up to angle 100."""
+    nodes, weights = np.polynomial.legendre.leggauss(400)   # in the angle: ds = s^power d angle
     half = np.asarray(angle, float)[..., None] / 2
     density = clock(half * (1 + nodes), power) ** -power * np.sin(half * (1 - nodes)) ** 2
     return (2 * half * density * weights).sum(-1)
@@ -92,18 +84,15 @@ def polyak_law(k, x):
     return 2 * (k * c**2 - 2 * c * once + twice) / (k * c) ** 2
 
 
-SETTLED = {     # limits for k to infinity
-    # R1, gamma w^2 / 2 on a linear D: 2 eta gamma + x < 4
-    "r1": lambda eta, mu, gamma: (2 * mu / gamma * (2 - eta * gamma)
-                                  / (4 - 2 * eta * gamma - eta * mu)),
-    # optimistic, x < 1/3; extragradient, x < 1, with one batch for both half-steps or with two
-    "omd": lambda x: (2 * (2 + 9 * x + 30 * x**2 + 27 * x**3)
-                      / ((1 + x) * (1 - 3 * x) * (4 + 9 * x))),
-    "eg": lambda x: 2 * (2 + x - 2 * x**2 + x**3) / ((1 - x) * (4 - 3 * x + x**2)),
-    "eg, fresh": lambda x: (2 * (2 + x + 3 * x**2 - 3 * x**3 + x**4)
-                            / ((1 - x**2) * (4 - 3 * x + x**2))),
-    # momentum -b on both: both brackets positive
-    "momentum": lambda x, b: (
+SETTLED = {     # limits of the fixes below for k to infinity, where momentum is -b
+    "r1": lambda eta, mu, gamma: (      # 2 eta gamma + x < 4
+        2 * mu / gamma * (2 - eta * gamma) / (4 - 2 * eta * gamma - eta * mu)),
+    "omd": lambda x: (                  # x < 1/3
+        2 * (2 + 9 * x + 30 * x**2 + 27 * x**3) / ((1 + x) * (1 - 3 * x) * (4 + 9 * x))),
+    "eg": lambda x: 2 * (2 + x - 2 * x**2 + x**3) / ((1 - x) * (4 - 3 * x + x**2)),     # x < 1
+    "eg, fresh": lambda x: (            # x < 1
+        2 * (2 + x + 3 * x**2 - 3 * x**3 + x**4) / ((1 - x**2) * (4 - 3 * x + x**2))),
+    "momentum": lambda x, b: (          # both brackets of the divisor positive
         (4 * (1 - b**2)**3 + 4 * b * x * (3 * b**2 - b**3 - b - 1) + 2 * b**2 * x**2)
         / (b * (4 * (1 - b)**2 - x) * (2 * (1 - b) * (1 + b)**2 - b * x))),
 }
@@ -115,7 +104,7 @@ SETTLED = {     # limits for k to infinity
 
 
 def sgd(eta, mu, gamma=0.0, n_dis=1, alternating=True):
-    """Eqs. (5) and (6), with R1 of weight gamma and n_dis updates of D per update of G."""
+    """Eqs. (5) and (6), with R1, gamma w^2 / 2, and n_dis updates of D per update of G."""
     w, theta, *xi = np.eye(2 + n_dis)
     w_new = w
     for noise in xi:
@@ -131,7 +120,7 @@ def optimistic(eta, mu):
 
 
 def extragradient(eta, mu, fresh=False):
-    """Both move on the gradients found after a trial step (Korpelevich 1976)."""
+    """Both move on the gradients after a trial step (Korpelevich 1976), on a fresh batch or not."""
     w, theta, *xi = np.eye(3 + fresh)
     w_trial, theta_trial = w + eta * (xi[0] - theta), theta + mu * w
     return np.stack([w + eta * (xi[-1] - theta_trial), theta + mu * w_trial])
@@ -159,11 +148,8 @@ def epoch(matrix, cuts):
 
 
 def flow(h, power=0.0):
-    """The flow (32), or (47) with both steps t^-power, from t = 1 in steps of h radians.
-
-    Euler-Maruyama for the noise between two exact half-turns: errors of order h^2. Plain Euler-
-    Maruyama, errors of order h t, is sgd(h, h, alternating=False) with 1/h times the variance.
-    """
+    """The flow (32), or (47) with both steps t^-power, from t = 1 in steps of h radians: noise by
+    Euler-Maruyama between two exact half-turns, with errors of order h^2."""
     half = np.array([[np.cos(h / 2), -np.sin(h / 2)], [np.sin(h / 2), np.cos(h / 2)]])
 
     def matrix(k):
@@ -172,7 +158,7 @@ def flow(h, power=0.0):
     return matrix
 
 
-# ----------------------------------------------------------------------- two ways to a variance
+# -------------------------------------------------------------------------- two ways to a variance
 
 
 def at(method, k):
@@ -181,24 +167,19 @@ def at(method, k):
 
 def recursion(method, ks, q=2.0):
     """Exact means (K, S) and m x covariances (K, S, S) after each k of `ks`, from a state of ones.
-
-    q: m x the variance of xi, or m x their covariance. Every law above is tested against this.
-    """
+    q: m x the variance of xi, or m x their covariance."""
     size, kept = len(at(method, 1)), {}
     mean, cov = np.ones(size), np.zeros((size, size))
     for k in range(1, max(ks) + 1):
         turn, gain = np.split(at(method, k), [size], 1)
-        noise = gain @ q @ gain.T if np.ndim(q) else q * gain @ gain.T
-        mean, cov = turn @ mean, turn @ cov @ turn.T + noise
+        mean, cov = turn @ mean, turn @ cov @ turn.T + np.dot(gain, q) @ gain.T
         kept[k] = mean, cov
-    return np.stack([kept[k][0] for k in ks]), np.stack([kept[k][1] for k in ks])
+    return tuple(map(np.stack, zip(*(kept[k] for k in ks))))
 
 
 def simulate(method, ks, paths, noise, clip=math.inf, device="cpu"):
     """What independent runs from a state of ones report after each k of `ks`: float32 (K, paths).
-
-    noise(n) draws one iteration's xi for n paths, (xi's, n). |w| <= clip, for plain `sgd`.
-    """
+    noise(n) draws one iteration's xi for n paths, (xi's, n). |w| <= clip, for plain `sgd`."""
     chunks = []
     for first in range(0, paths, CHUNK):
         state, kept = torch.ones(len(at(method, 1)), min(CHUNK, paths - first), device=device), {}
@@ -207,55 +188,49 @@ def simulate(method, ks, paths, noise, clip=math.inf, device="cpu"):
             state = matrix @ torch.cat([state, noise(state.shape[1])])
             if clip < math.inf:     # undo what is too much of w, and what theta was moved by it
                 state -= matrix[:, :1] * (state[0] - state[0].clamp(-clip, clip))
-            if k in ks:
-                kept[k] = state[-1]
+            kept[k] = state[-1] if k in ks else None
         chunks.append(torch.stack([kept[k] for k in ks]))
     return torch.cat(chunks, 1)
 
 
 def finite(images, m, scheme, gen):
     """Batch means from N fixed `images` of mean 0, variance 1: draw(n) (., n), and m x its cov.
-
-    scheme: `iid`; `subset`, m different ones each time; `epoch`, all in random order, cut up.
-    """
+    scheme: `iid`; `subset`, m different ones each time; `epoch`, all in random order, cut up."""
     size, cuts = len(images), len(images) // m if scheme == "epoch" else 1
     cov = np.eye(cuts) * (1 if scheme == "iid" else (size - m) / (size - 1))
     cov = (cov - cov.mean(0)) * cuts / (cuts - 1) if cuts > 1 else cov
 
     def draw(n):
-        if scheme == "iid":
-            pick = torch.randint(size, (n, m), generator=gen, device=images.device)
-        else:
-            pick = torch.rand(n, size, generator=gen, device=images.device).topk(m * cuts).indices
+        how = {"generator": gen, "device": gen.device}
+        pick = (torch.randint(size, (n, m), **how) if scheme == "iid" else
+                torch.rand(n, size, **how).topk(m * cuts).indices)
         return images[pick].unflatten(1, (cuts, m)).mean(2).T
     return draw, cov
 
 
 class Suite:
-    """What the checks share: flags, device and random stream. `rows` are their outcomes."""
+    """What the sections share: configuration, device, random stream, and the `rows` they add."""
 
-    def __init__(self, cfg, device):
-        self.cfg, self.device, self.rows = cfg, device, []
-        self.gen = harness.generator(cfg.seeds[0], device)
+    def __init__(self, cfg):
+        self.cfg, self.device, self.rows = cfg, harness.pick_device(cfg.device), []
+        self.gen = core.generator(cfg.seed, self.device)
 
     def normal(self, *shape):
         return torch.randn(shape, generator=self.gen, device=self.device)
 
     def check(self, name, section, method, ks, law=(), *, eta=1, mu=None, m=64, q=2.0, noise=None,
               share=1, t=None, clip=math.inf):
-        """A row after each k of `ks`: m Var theta of paths/share runs against the law.
-
-        law: exact values for the last ks; the recursion has the others. t: times, if not ks. q and
-        noise as in `recursion` and `simulate`, by default Gaussian. The bias is E theta.
-        """
+        """Add a row after each k of `ks`, at the time t: m Var theta of paths/share runs against
+        the law, exact values for the last ks; the recursion has the others. q and noise as in
+        `recursion` and `simulate`, by default Gaussian. The bias is E theta."""
         paths = max(self.cfg.paths // share, 1000)
         noises = at(method, 1).shape[1] - len(at(method, 1))
         noise = noise or (lambda n: math.sqrt(q / m) * self.normal(noises, n))
         theta = simulate(method, ks, paths, noise, clip, self.device).double().cpu().numpy()
         mean, square = theta.mean(1), m * (theta - theta.mean(1, keepdims=True)) ** 2
         var, error = square.sum(1) / (paths - 1), square.std(1) / math.sqrt(paths)
-        columns = {"k": ks, "t": ks if t is None else t, "measured": var, "halfwidth": 1.96 * error,
-                   "bias_measured": mean}
+        columns = {"k": ks, "t": ks if t is None else t, "measured": var,
+                   "halfwidth": 1.96 * error, "bias_measured": mean}
         if clip == math.inf:
             bias, cov = recursion(method, ks, q)
             bias, exact = bias[:, -1], np.append(cov[:len(ks) - np.size(law), -1, -1], law)
@@ -264,12 +239,11 @@ class Suite:
             # + 1e-9, + 1e-6: float32's own errors, for FGD, whose variance is zero
         same = {"check": name, "section": section, "m": m, "eta": eta, "mu": mu or eta,
                 "exact": None, "z": None, "batches": noises}
-        self.rows += harness.plain([same | {key: values[i] for key, values in columns.items()}
-                                 for i in range(len(ks))])
+        self.rows += [{**same, **dict(zip(columns, row))} for row in zip(*columns.values())]
         return self.rows[-1]
 
 
-# ------------------------------------------------------------------------------------- sections
+# ---------------------------------------------------------------------------------------- sections
 
 
 def section_1(s):
@@ -294,12 +268,13 @@ def section_1(s):
 
 def section_2(s):
     """Theorem 2: the flow with steps 1/t and t^-power, the discrete game from k0 = 1 and 10."""
-    for power, name, h in ((1, "inverse_t_sde", 0.025), (0.75, "power_sde, t^-0.75", 0.05),
-                           (0.6, "power_sde, t^-0.6", 0.05)):
-        ks = np.arange(32, 257, 8) if power == 1 else np.arange(16, 257, 6)
-        t = clock(h * ks, power)
-        law = inverse_t_law(t) if power == 1 else power_law(h * ks, power)
-        s.check(name, 2, flow(h, power), ks, law, t=t)
+    h, ks = 0.025, np.arange(32, 257, 8)
+    t = clock(h * ks, 1)
+    s.check("inverse_t_sde", 2, flow(h, 1), ks, inverse_t_law(t), t=t)
+    h, ks = 0.05, np.arange(16, 257, 6)
+    for power in (0.75, 0.6):
+        s.check(f"power_sde, t^-{power}", 2, flow(h, power), ks, power_law(h * ks, power),
+                t=clock(h * ks, power))
     for k0, ks in ((1, [1, 2, 3, 4, 6, 8, 11, 16, 23, 33, 50, 75, 110, 160, 240, 350]),
                    (10, [2, 5, 8, 12, 17, 23, 32, 45, 64, 90, 130, 190, 270, 390])):
         s.check(f"alternating, steps 1/k from k0 = {k0}", 2,
@@ -339,7 +314,8 @@ def section_3(s):
 def section_4(s):
     """The 64 images of Section 3.2 as 64 numbers a side; MGD has m = 16, FGD 64.
 
-    UNSPECIFIED: how the paper samples reals and latents. FGD is noise-free only if both are all 64.
+    UNSPECIFIED: how Section 3.2 samples reals and latents. All four ways are shown; FGD is free of
+    noise only if both are all 64.
     """
     images = s.normal(2, 64)
     images = (images - images.mean(1, keepdim=True)) / images.std(1, correction=0, keepdim=True)
@@ -354,21 +330,16 @@ def section_4(s):
 
 
 def mcshane(x, images, values, lipschitz):
-    """The least an L-Lipschitz f with f(images[i]) = values[i] can be at x, and itself such an f.
-
-    x, images[i] (N, ...), values[i] (N,) -> (N,). For x between two images it is the right side of
-    eq. (11), which is sharp, therefore; at every other point it bounds f just as well.
-    """
+    """The least an L-Lipschitz f with f(images[i]) = values[i] can be at x, and itself such an f:
+    x, images[i] (N, ...), values[i] (N,) -> (N,). Eq. (11) is this between two images, so sharp."""
     return torch.stack([v - lipschitz * (x - i).flatten(1).norm(dim=1)
                         for i, v in zip(images, values)]).amax(0)
 
 
 def lipschitz_bound(D):
-    """An upper bound for an MLP with 1-Lipschitz activations: the product of its spectral norms.
-
-    From all eigenvalues of W W^T. Power iteration finds less than the norm, and so no bound.
-    """
+    """An upper bound for an MLP with 1-Lipschitz activations: the product of its spectral norms."""
     weights = [layer.weight for layer in D if hasattr(layer, "weight")]
+    # From all eigenvalues: power iteration finds less than the norm, and so no bound.
     return math.prod(torch.linalg.eigvalsh(w @ w.T)[-1].item() ** 0.5 for w in weights)
 
 
@@ -402,20 +373,19 @@ def section_5(s):
 
     DEVIATION: PCR's negatives are the averages of the very pairs that are tested, not of all pairs.
     """
-    n, seed, steps = 64, s.cfg.seeds[0], s.cfg.critic_steps
-    gen = harness.generator(seed, "cpu")
+    n, seed, gen = 64, s.cfg.seed, core.generator(s.cfg.seed)
     small, one, three, x, y = (core.to_float(i) for i in (
         geometry.draw(n, 2, 15, 4, seed=seed), geometry.draw(n, 1, 16, 4, seed=seed),
         geometry.draw(n, 3, 16, 4, seed=seed), *geometry.draw_pairs(n, 16, 4, seed=seed)[:2]))
-    pairs = {"one square shared": (x.flatten(1), y.flatten(1)),
-             "shifted by 1 px": [F.pad(small, side, value=-1.0).flatten(1)
-                                 for side in ((0, 1, 0, 1), (1, 0, 0, 1))]}
+    pairs = {"one square shared": (x.flatten(1), y.flatten(1)), "shifted by 1 px": [
+        nn.functional.pad(small, side, value=-1.0).flatten(1)
+        for side in ((0, 1, 0, 1), (1, 0, 0, 1))]}
     x_real = torch.cat([i for pair in pairs.values() for i in pair])
     x_comb = torch.cat([(x1 + x2) / 2 for x1, x2 in pairs.values()])
     x_neg = torch.cat([torch.rand(n, 256, generator=gen) * 2 - 1, one.flatten(1), three.flatten(1)])
     lam = torch.linspace(0, 1, 33).double()[:, None]
     for arm, comb_weight in (("vanilla", 0), ("pcr", 0.5)):
-        D = train_critic(x_real, x_neg, x_comb, comb_weight, steps, seed)
+        D = train_critic(x_real, x_neg, x_comb, comb_weight, s.cfg.critic_steps, seed)
         bound, margin = lipschitz_bound(D), D(x_real.double()).min()
         for kind, pair in pairs.items():
             x1, x2 = (i.double() for i in pair)
@@ -434,22 +404,71 @@ def section_5(s):
             true = {"premise": margin > bound * near, "premise_if_slope": margin > slope * near,
                     "segment": f[1:32] > 0, "average": f[16:17] > 0, "and": f[33:34] > 0,
                     "or": f[34:35] > 0, "random": f[35:36] > 0, "permuted": f[36:] > 0}
-            share = {key: value.double().mean(0) for key, value in true.items()}
-            s.rows.append(harness.plain({
-                "check": f"theorem3 {arm}, {kind}", "section": 5, "k": steps, "t": None, "m": n,
-                "eta": None, "mu": None, "exact": 0, "measured": int((f < least - 1e-9).sum()),
-                "halfwidth": 0, "z": None, "margin": margin, "delta": delta.mean(),
+            shares = {key: value.double().mean(0) for key, value in true.items()}   # by pair
+            s.rows.append({
+                "check": f"theorem3 {arm}, {kind}", "section": 5, "k": s.cfg.critic_steps,
+                "t": None, "m": n, "eta": None, "mu": None, "z": None, "exact": 0, "halfwidth": 0,
+                "measured": (f < least - 1e-9).sum(), "margin": margin, "delta": delta.mean(),
                 "lipschitz": bound, "lipschitz_gradient": grad.norm(dim=2).max(),
                 "lipschitz_segment": slope.max(), "lam": lam[:, 0], "f": f[:33, 0],
                 "least": least[:33, 0], "least_if_slope": torch.maximum(
                     f1 - slope * delta * (1 - lam), f2 - slope * delta * lam)[:, 0],
-                "shares": {k: [v.mean(), 1.96 * v.std() / n ** 0.5] for k, v in share.items()}}))
+                "shares": {k: [v.mean(), 1.96 * v.std() / n ** 0.5] for k, v in shares.items()}})
 
 
-# ------------------------------------------------------------------------------------------ run
+SECTIONS = {1: section_1, 2: section_2, 3: section_3, 4: section_4, 5: section_5}
 
-SECTIONS = [section_1, section_2, section_3, section_4, section_5]
-PANELS = [  # title, x, y, scales of both, y's limits, the legend's place, checks and their legend
+# ------------------------------------------------------------------------------ what comes of it
+
+
+def failures(rows):
+    """The checks that refute the theory or the code: |z| not below Z_MAX, or a bound violated."""
+    return sorted({r["check"] for r in rows
+                   if not (abs(r["z"] or 0) < Z_MAX and abs(r.get("bias_z", 0)) < Z_MAX)
+                   or r["section"] == 5 and r["measured"]})
+
+
+def report(rows):
+    """Print the last row of each check of a variance, with the largest |z| of all its rows."""
+    columns = {"k": "k", "exact": "exact", "measured": "measured", "95%": "halfwidth",
+               "worst z": "worst", "E theta": "bias_measured", "exact ": "bias", "m_eq/m": "m_eq",
+               "/sample": "m_eq_per_sample"}
+    print(f"\n{'m Var theta':52s}", *(f"{name:>9s}" for name in columns))
+    for (name, m), r in {(r["check"], r["m"]): r for r in rows if r["section"] < 5}.items():
+        worst = max(abs(g["z"] or 0) for g in rows if (g["check"], g["m"]) == (name, m))
+        values = map((r | {"worst": worst}).get, columns.values())
+        print(f"{f'{name}, m = {m}':52s}", *(
+            " " * 9 if v is None else f"{v:9.4g}" for v in values))
+
+
+def claims(rows):
+    """Theorems 1 and 2 by all variances that have a law, Theorem 3 by eq. (11), each critic's."""
+    z, found = np.array([r["z"] for r in rows if r["z"] is not None]), []
+    critics = [r for r in rows if r["section"] == 5]
+    if len(z):
+        found.append({
+            "paper": "Theorems 1, 2", "what": "the variance of theta is Theta(1/m)",
+            "theirs": "proved", "ours": f"exact laws, {len(z)} checks, largest |z| "
+            f"{abs(z).max():.1f}, mean z^2 {(z ** 2).mean():.2f}: t/m (Theorem 1), a cycle around "
+            "1/m (Theorem 2)", "verdict": "in part" if abs(z).max() < Z_MAX else "no"})
+    if critics:
+        broken = sum(r["measured"] for r in critics)
+        met = [100 * r["shares"]["premise"][0] for r in critics]
+        found.append({
+            "paper": "Theorem 3", "what": "an L-Lipschitz D accepts averages of close reals",
+            "theirs": "proved", "ours": f"{broken} violations; its premise holds for "
+            f"{min(met):.0f} to {max(met):.0f}% of the points",
+            "verdict": "no" if broken else "holds"})
+    return [claim | {"front": True} for claim in found] + [{
+        "paper": "Theorem 3", "what": r["check"].removeprefix("theorem3 "), "theirs": "",
+        "ours": f"margin {r['margin']:.3g}, delta {r['delta']:.3g}, L from "
+        f"{r['lipschitz_gradient']:.3g} (gradient; segments: {r['lipschitz_segment']:.3g}) to "
+        f"{r['lipschitz']:.4g}; cases, %: " + ", ".join(
+            f"{k} {100 * a:.0f} +- {100 * b:.0f}" for k, (a, b) in r["shares"].items()),
+        "verdict": ""} for r in critics]
+
+
+PANELS = [  # title, x, y, scales of both, y's limits, the legend's place, {check: its label}
     ("Theorem 1: steps 1", "iterations t", "m Var θ", "linear", "linear", (-0.5, 45), "upper right",
      {"const_sde": "flow", "alternating": "eqs. (5), (6)", "simultaneous": "simultaneous"}),
     ("Theorem 2: vanishing steps", "ln t", "m Var θ", "linear", "log", (2e-4, 6), "lower right",
@@ -466,13 +485,11 @@ PANELS = [  # title, x, y, scales of both, y's limits, the legend's place, check
                      "finite, subset reals, subset latents, r1 0.0": "no repeats",
                      "finite, subset reals, subset latents, r1 0.5": "no repeats, R1 0.5",
                      "finite, epoch reals, epoch latents, r1 0.0": "epochs"})]
-LINES = [("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", "-.", "^"),
-         ("#009E73", ":", "D"), ("#CC79A7", (0, (5, 1)), "v"), ("#56B4E9", (0, (1, 1)), "x")]
 
 
 def plot(folder):
     """figure.png from result.json: lines are exact, points are measured, with 95% intervals."""
-    rows = harness.read_result(folder, Path(__file__).stem)["rows"]
+    result = sweep.read_result(folder, "theory_sde")
     fig = harness.figure(8.4)
     *axes, last = fig.subplots(3, 2).flat
     axes[0].axhline(1, color="grey", lw=1, label="constant, as eq. (8) reads")
@@ -480,92 +497,65 @@ def plot(folder):
     axes[3].axhline(0.25, color="grey", lw=1, label="1/4, for small steps")
     for ax, (title, xlabel, ylabel, xscale, yscale, ylim, place, names) in zip(axes, PANELS):
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale, ylim=ylim)
-        for (name, label), (color, ls, marker) in zip(names.items(), LINES):
-            here = [r for r in rows if r["check"] == name and (r["m"] == 16 or r["section"] != 4)]
-            x = [r["m"] if xlabel == "batch size m" else math.log(r["t"]) if xlabel == "ln t" else
-                 r["t"] for r in here]
+        for (name, label), style, marker in zip(names.items(), harness.STYLE.values(), "os^Dvx"):
+            here = [r for r in result["rows"]
+                    if r["check"] == name and (r["m"] == 16 or r["section"] != 4)]
+            x = [{"ln t": math.log(r["t"]), "batch size m": r["m"]}.get(xlabel, r["t"])
+                 for r in here]
             exact, y, error = ([(r[key] or math.nan) / (r["m"] if ylabel == "Var θ" else 1)
                                 for r in here] for key in ("exact", "measured", "halfwidth"))
-            ax.plot(x, exact, color=color, ls=ls, lw=1)
-            ax.errorbar(x, y, error, color=color, ls="", marker=marker, ms=3, mfc="white", mew=0.8,
-                        lw=0.8, label=label)
+            ax.plot(x, exact, lw=1, **style)
+            ax.errorbar(x, y, error, color=style["color"], ls="", marker=marker, mfc="white",
+                        mew=0.8, lw=0.8, label=label)
         ax.legend(loc=place, ncols=1 + (len(names) == 6))
-    for arm, color in (("vanilla", "#000000"), ("pcr", "#D55E00")):
-        for r in (r for r in rows if r["check"] == f"theorem3 {arm}, one square shared"):
-            last.plot(r["lam"], r["f"], color=color, label=f"f, {arm}")
-            last.plot(r["lam"], r["least_if_slope"], color=color, ls="--", lw=1,
-                      label="(11), own slope")
-            last.plot(r["lam"], r["least"], color=color, ls=":", lw=1, label="(11), bound on L")
+    for r in result["rows"]:
+        if r["check"].endswith("one square shared"):
+            arm = r["check"].split()[1].rstrip(",")
+            for key, ls, label in (("f", "-", f"f, {arm}"), ("least", ":", "(11), bound on L"),
+                                   ("least_if_slope", "--", "(11), own slope")):
+                last.plot(r["lam"], r[key], color=harness.style(arm)["color"], ls=ls, label=label)
             last.legend(loc="lower center", ncols=2)
     last.set(title="Theorem 3: between two reals", xlabel="λ", ylabel="f(λ x₁ + (1 - λ) x₂)",
              ylim=(-8, 1.5))
     harness.save_figure(fig, folder)
+    return result
 
 
-def report(rows):
-    """The table on stdout: the last row of each check with its worst z, then Theorem 3."""
-    print(f"\n{'m Var theta':54s}      k     exact  measured    95%           z worst  E theta"
-          "    exact   m_eq/m  /sample")
-    for i, r in enumerate(rows):
-        r = {key: math.nan if value is None else value for key, value in r.items()}
-        group = [g for g in rows if (g["check"], g["m"]) == (r["check"], r["m"])]
-        if r["section"] == 5:
-            print(f"{r['check']}: {r['measured']} violations, margin {r['margin']:.3g}, delta "
-                  f"{r['delta']:.3g}, L <= {r['lipschitz']:.4g}, >= {r['lipschitz_gradient']:.3g} "
-                  f"(gradient), {r['lipschitz_segment']:.3g} (segments); cases, %: " + ", ".join(
-                      f"{k} {100 * a:.0f} +- {100 * b:.0f}" for k, (a, b) in r["shares"].items()))
-        elif rows[i] is group[-1]:
-            name, worst = f"{r['check']}, m = {r['m']}", max(abs(g["z"] or 0) for g in group)
-            print(f"{name:54s} {r['k']:6d} {r['exact']:9.4g} {r['measured']:9.4g} +- "
-                  f"{r['halfwidth']:<7.2g} {r['z']:6.2f} {worst:5.2f} {r['bias_measured']:8.4f} "
-                  f"{r.get('bias', math.nan):8.4f}",
-                  *(f"{r[key]:8.4g}" for key in ("m_eq", "m_eq_per_sample") if key in r))
+# ------------------------------------------------------------------------------------ the command
 
 
-def failures(rows):
-    """The checks that refute the theory or the code: |z| not below Z_MAX, or a bound violated."""
-    return sorted({r["check"] for r in rows
-                   if not (abs(r["z"] or 0) < Z_MAX and abs(r.get("bias_z", 0)) < Z_MAX)
-                   or r["section"] == 5 and r["measured"]})
+def run(cfg, folder):
+    """All checks of the sections asked for -> their rows."""
+    now = harness.versions()
+    harness.write_json(folder / "config.json", {"flags": cfg, **now, "git": [now["git"] or ""]})
+    suite = Suite(cfg)
+    for section in cfg.section:
+        SECTIONS[section](suite)
+    return suite.rows
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    harness.run_flags(parser, PRESETS)
-    parser.add_argument("--seed", type=int, nargs=1, dest="seeds", help="of all random numbers")
-    parser.add_argument("--section", type=int, nargs="+", choices=range(1, 6), default=range(1, 6),
-                        help="1 constant steps, 2 vanishing, 3 fixes, 4 the 64 images, 5 Theorem 3")
-    parser.add_argument("--paths", type=int, help="simulated runs of a check")
-    args, start = parser.parse_args(argv), time.time()
+    p = sweep.parser(__doc__, PRESETS, OWN, training=None)
+    p.add_argument("--seed", type=int, nargs=1, dest="seeds", help="of all random numbers")
+    p.add_argument("--section", type=int, nargs="+", choices=range(1, 6), default=range(1, 6),
+                   help="1 constant steps, 2 vanishing, 3 fixes, 4 the 64 images, 5 Theorem 3")
+    args = sweep.parse(p, __file__, argv)
     if args.plot:
         return plot(args.plot)
-    device = harness.pick_device(args.device)
-    preset = args.preset or ("paper" if device.type == "cuda" else "cpu")
-    given = {k: v for k, v in vars(args).items() if k not in ("plot", "dry_run") and v is not None}
-    cfg = argparse.Namespace(**{"preset": preset, "seeds": [0], "name": preset, **PRESETS[preset],
-                                **given, "section": sorted(set(args.section))})
-    if len(cfg.seeds) > 1 or not 0 <= cfg.seeds[0] < 2 ** 63:
-        raise harness.UserError(f"--seeds {cfg.seeds}: one in [0, 2^63); start another run for the "
-                                "next")
-    if not 1000 <= cfg.paths <= 10 ** 8:
-        raise harness.UserError(f"--paths is {cfg.paths}: must be at least 1000, for the "
-                                "intervals, and at most 10^8")
-    if harness.announce([cfg], args.dry_run):
+    args.seeds, args.section = args.seeds or [0], sorted(set(args.section))
+    given = {k: v for k, v in vars(args).items() if k not in sweep.NOT_CONFIG and v is not None}
+    cfg = Namespace(**PRESETS[args.preset] | given, seed=args.seeds[0], run="theory")
+    if len(args.seeds) > 1 or not 0 <= cfg.seed < 2 ** 63 or not 1000 <= cfg.paths <= 10 ** 8:
+        raise core.UserError(f"--seeds {args.seeds} --paths {cfg.paths}: must be one seed in "
+                             "[0, 2^63), and from 1000 to 10^8 paths")
+    if sweep.announce([cfg], args.dry_run):
         return {}
-    script = Path(__file__).stem
-    folder = harness.open_run(cfg.outdir / script / cfg.name, cfg, cfg.resume)
-    suite = Suite(cfg, device)
-    for section in cfg.section:
-        SECTIONS[section - 1](suite)
-    report(suite.rows)
-    result = harness.write_result(folder, script, cfg, device, start, suite.rows, {
-        "eq_8": "Var = Theta(1/m)", "eq_10": "Var = Theta(1/m)", "eq_11": "no violation"})
-    z = np.array([r["z"] for r in suite.rows if r["z"] is not None])
-    print(f"\n{len(z)} z: largest {abs(z).max(initial=0):.2f}, mean square "
-          f"{(z ** 2).sum() / max(len(z), 1):.2f}; {result['seconds']} s on {result['device']}")
-    plot(folder)
-    if failed := failures(suite.rows):
-        sys.exit(f"theory_sde.py: not as the theory says: {'; '.join(failed)}")
+    folder, rows = sweep.train_all(args, args.preset, [cfg], run)
+    report(rows)
+    sweep.write_result(args, folder, [cfg], rows, claims(rows))
+    result = plot(folder)
+    if wrong := failures(rows):
+        raise SystemExit(f"theory_sde.py: not as the theory says: {'; '.join(wrong)}")
     return result
 
 
