@@ -45,13 +45,16 @@ def provenance(name, result):
 
 def fixes(result):
     """What each fix of the linear game is worth: the last rows of section 3 of theory_sde.py."""
+    def number(value):
+        return "no law" if value is None else f"{value:,.0f}" if value > 100 else f"{value:.4g}"
+
     rows = {r["check"]: r for r in result["rows"] if r["section"] == 3}
-    return table(
-        ["method", "m Var θ, exact", "measured", "m_eq/m", "per sample", "bias, exact", "measured"],
-        [[name, *("no law" if r[k] is None else f"{r[k]:.4g}" for k in ("exact",)),
-          f"{r['measured']:.4g} ± {r['halfwidth']:.2g}", f"{r['m_eq']:,.3g}",
-          f"{r['m_eq_per_sample']:,.3g}", f"{r['bias']:.4f}" if "bias" in r else "no law",
-          f"{r['bias_measured']:.4f}"] for name, r in rows.items()])
+    return table(["method", "m Var θ, exact", "measured", "m_eq/m", "per sample",
+                  "abs(bias), exact", "measured"], [
+        [name, number(r["exact"]), f"{r['measured']:.4g} ± {r['halfwidth']:.2g}",
+         number(r["m_eq"]), number(r["m_eq_per_sample"]),
+         f"{abs(r['bias']):.4f}" if "bias" in r else "no law", f"{abs(r['bias_measured']):.4f}"]
+        for name, r in rows.items()])
 
 
 def blocks(code):
