@@ -1,17 +1,15 @@
-"""How fast it is here: training steps, runs per hour, FID, counters, theory, and how cost grows.
+"""How fast it is here: training steps, runs per hour, and FID; other tools beside it.
 
-    python bench.py [train|fid|geometry|theory|growth] [--peers] [--json]
+    python bench.py [train|fid] [--peers] [--json]
 
-With no part named all five, about half an hour on two cores. A number is the median of `--repeats`
-timings, its quartiles beside it. What is compared takes turns, A B A B, so that noise hits all;
-`time_ratio` is the median, over the turns, of its time to that of the first of its group. A share
-of the peak is counted FLOPs against a large float32 matmul on the same device and threads.
-`--peers` times other tools beside it, where installed: see bench_peers.py.
+A number is the median of `--repeats` timings, its quartiles beside it. What is compared takes
+turns, A B A B, so that noise hits all; `time_ratio` is the median, over the turns, of its time to
+that of the first of its group. A share of the peak is counted FLOPs against a large float32 matmul
+on the same device and threads. `--peers` times other tools, where installed: see bench_peers.py.
 """
 import argparse
 import concurrent.futures
 import contextlib
-import copy
 import importlib.metadata
 import itertools
 import json
@@ -34,25 +32,15 @@ import core
 import data
 import exp_pcr_natural as natural
 import fid
-import geometry
 import harness
-import theory_sde
 
 ARMS = {"eager": "vanilla", "eager pcr": "pcr"}
 CPU = dict(     # seconds of a timing at least, of runs side by side; cells; sizes and counts
     repeats=5, least=0.05, window=10, models=[*natural.MODELS], presets=["paper", "cpu"],
-    sizes=[32], jobs=[1, 2, 4, 8], matmul=2048, images=16, dims=[64, 192, 768, 2048], drawn=25_600,
-    paths=65_536, growth_preset="cpu",
-    growth={"size": [16, 32, 64, 128], "batch": [16, 32, 64, 128],
-            "n_train": [1_000, 10_000, 100_000], "n_fid": [50, 100, 200]})
-CUDA = CPU | dict(
-    repeats=9, least=0.5, sizes=[32, 64], matmul=8192, images=256, paths=400_000,
-    growth_preset="paper", growth={"size": [16, 32, 64, 128], "batch": [16, 64, 256, 1024],
-            "n_train": [10_000, 100_000, 1_000_000], "n_fid": [1_000, 10_000, 50_000]})
-SMOKE = CPU | dict(
-    repeats=2, least=0, window=0.1, models=["wgangp"], presets=["smoke"], jobs=[2], matmul=128,
-    images=2, dims=[64], drawn=64, paths=1_000, growth_preset="smoke",
-    growth={"batch": [4], "n_fid": [2]})
+    sizes=[32], jobs=[1, 2, 4, 8], matmul=2048, images=16, dims=[64, 192, 768, 2048])
+CUDA = CPU | dict(repeats=9, least=0.5, sizes=[32, 64], matmul=8192, images=256)
+SMOKE = CPU | dict(repeats=2, least=0, window=0.1, models=["wgangp"], presets=["smoke"], jobs=[2],
+                   matmul=128, images=2, dims=[64])
 
 
 class Bench:
@@ -152,8 +140,7 @@ def configure(model, preset, device, size=32, **changes):
     width = ["--width", "32"] if preset == "cpu" else []
     args = natural.flags().parse_args(["--preset", preset, "--size", str(size), *width])
     return argparse.Namespace(**vars(natural.configure(args, model, "cifar10")) | {
-        "seed": 0, "arm": "vanilla", "device": device, "n_train": 10_000, "weights": None,
-        **changes})
+        "seed": 0, "arm": "vanilla", "device": device, "n_train": 10_000, **changes})
 
 
 def make(cfg):
@@ -189,7 +176,7 @@ def train(b):
 
 
 def side_by_side(b, cells):
-    """Run cells at once, each in a new process -> their {rate, mib, mib_before}."""
+    """Train cells at once, each in a new process -> their {rate, mib}."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, \
             concurrent.futures.ProcessPoolExecutor(len(cells), spawn) as pool:
@@ -198,30 +185,20 @@ def side_by_side(b, cells):
 
 
 def time_alone(cfg, window, all_ready):
-    """Train, or score where cfg.weights is given, and time it once all processes are ready."""
+    """Train, and time it once all processes are ready."""
     torch.set_num_threads(cfg.threads)
-    trainer, device, n = make(cfg), cfg.device, 0
-    act, before = trainer.update, peak_mib(device)
-    if cfg.weights:
-        net = fid.load_inception(dims=cfg.dims, weights=cfg.weights, device=device)
-        real = fid.Statistics.of(torch.zeros(cfg.dims), torch.eye(cfg.dims), cfg.n_fid)
-
-        def act():
-            fakes = core.generate(trainer.G, trainer.latents(cfg.n_fid))
-            fid.score(net, real, None, fakes, with_kid=False)
-
-    act()
+    trainer, n = make(cfg), 0
+    trainer.update()
     all_ready.wait()
-    synchronize(device)
+    synchronize(cfg.device)
     start = time.perf_counter()
     while n < 2 or time.perf_counter() - start < window:
-        act()
+        trainer.update()
         n += 1
-        if n % 10 == 0 or device.type == "cpu":
-            synchronize(device)
-    synchronize(device)
-    return {"rate": n / (time.perf_counter() - start), "mib": peak_mib(device),
-            "mib_before": before}
+        if n % 10 == 0 or cfg.device.type == "cpu":
+            synchronize(cfg.device)
+    synchronize(cfg.device)
+    return {"rate": n / (time.perf_counter() - start), "mib": peak_mib(cfg.device)}
 
 
 def peak_mib(device):
@@ -251,12 +228,9 @@ def frechet(b):
         weights = weights_file(b.args.data_dir, folder)
         for dims in b.dims:
             net = fid.load_inception(dims=dims, weights=weights, device=b.device)
-            plain = torch.nn.Sequential(*copy.deepcopy(net).children())
-            plain.to(memory_format=torch.contiguous_format)
-            bf16 = torch.autocast(b.device.type, torch.bfloat16)
-            functions = {"fid.py": lambda net=net: net(x), "default memory format":
-                         lambda net=plain: net(fid.resized(x))}
+            functions = {"fid.py": lambda net=net: net(x)}
             if pays:    # no matter how slow, but not again
+                bf16 = torch.autocast(b.device.type, torch.bfloat16)
                 functions["bf16 autocast"] = bf16(lambda net=net: net(x))
             times = b.rates("fid", f"{dims} features,", "images/s", len(x), {
                 **functions, **(b.peers("FEATURES", weights, x) if dims == 2048 else {})})
@@ -295,51 +269,16 @@ def distance(b):
             np.median(t / times["fid.py"])), distance=found[name])
 
 
-# ------------------------------------------------------------- counters, theory, growth of cost
-
-
-def counters(b):
-    """Images per second of the counters, for a batch and for many, and of drawing on the CPU."""
-    images = core.to_float(geometry.draw(b.drawn, 2).to(b.device))
-    for n in (64, b.drawn):
-        b.rates("geometry", f"{n} images,", "images/s", n, {
-            "count": lambda x=images[:n]: geometry.count(x),
-            "count_exact": lambda x=images[:n]: geometry.count_exact(x),
-            "draw": lambda n=n: geometry.draw(n, 2)})
-
-
-def theory(b):
-    """Simulated iterations per second, of all paths together."""
-    b.rates("theory", f"{b.paths} paths,", "iterations/s", b.paths * 200, {
-        m.__name__: lambda m=m: theory_sde.simulate(
-            m(0.05, 0.05), [200], b.paths, lambda n: torch.randn(1, n, device=b.device),
-            device=b.device)
-        for m in (theory_sde.sgd, theory_sde.optimistic)})
-
-
-def growth(b):
-    """Seconds and memory of an iteration of WGAN-GP against pixels, batch and training images, and
-    of a score against n_fid: a process each, as a peak never falls."""
-    with tempfile.TemporaryDirectory() as folder:
-        score = {"weights": weights_file(b.args.data_dir, folder), "dims": b.dims[-1]}
-        for what, value in ((what, v) for what, values in b.growth.items() for v in values):
-            with b.attempt(f"growth, {what} {value}"):
-                found, = side_by_side(b, [configure(
-                    "wgangp", b.growth_preset, b.device, threads=torch.get_num_threads(),
-                    **{what: value}, **(score if what == "n_fid" else {}))])
-                b.row("growth", f"{what} {value}", "s", 1 / found.pop("rate"), **found)
-
-
 # ------------------------------------------------------------------------------------------ run
 
-PARTS = {"train": train, "fid": frechet, "geometry": counters, "theory": theory, "growth": growth}
+PARTS = {"train": train, "fid": frechet, "distance": distance}
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", nargs="?", choices=[*PARTS, "distance"],
-                   help="default: all; distance is a part of fid, in a process of its own")
+    p.add_argument("part", nargs="?", choices=[*PARTS],
+                   help="default: train and fid, of which distance is a part")
     p.add_argument("--peers", action="store_true", help="other tools too, where installed")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.add_argument("--smoke", action="store_true", help="seconds: to see that everything works")
@@ -359,8 +298,8 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     b = Bench(args, device)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        for part in [args.part] if args.part else PARTS:
-            distance(b) if part == "distance" else PARTS[part](b)
+        for part in [args.part] if args.part else ["train", "fid"]:
+            PARTS[part](b)
     result = {
         "device": harness.chip(device) if device.type == "cuda" else "cpu",
         "processor": harness.chip(torch.device("cpu")), "cores": harness.cores(),
