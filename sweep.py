@@ -83,7 +83,7 @@ def parser(doc, presets, own, arms=None, training=FLAGS):
     add("--smoke", action="store_const", const="smoke", dest="preset",
         help="the same as --preset smoke: seconds, to see that everything works")
     if arms:
-        add("--arms", nargs="+", choices=list(arms), help="what to compare (default: %(default)s)")
+        add("--arms", nargs="+", choices=list(arms), help="arms to run, of those named above")
     add("--seeds", type=int, nargs="+", help="one run each; default 0 or the preset's")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
