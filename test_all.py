@@ -1890,6 +1890,13 @@ def test_pair_search_equals_brute_force(n, shape, block, limit, leave_out):
         assert pairs[0].tolist() == [0, n - 1] and d_pair[0] == d_image[0] == 0
 
 
+def test_pair_search_pairs_no_image_with_itself():
+    """0 with itself would be as near to 0.1 as -10 with 10, and no other partner of 0 is."""
+    images = torch.tensor([[0.0], [-10.0], [10.0]])
+    pairs, d = pixels.nearest_pair(torch.tensor([[0.1]]), images, None, 1)
+    assert pairs.tolist() == [[1, 2]] and d.item() == pytest.approx(0.1)
+
+
 def test_pair_search_of_pictures_and_its_blocks():
     images, queries = uint8_images(60, 3, 8), uint8_images(9, 3, 8, seed=1)
     queries[0] = pixels.average(images[3], images[50])
@@ -2187,6 +2194,8 @@ def test_figure_1_is_judged_in_four_parts():
     assert set(exp_sc.verdicts(found + both, "correct", 1).values()) == {"holds"}
     assert exp_sc.to_90(both[0]) == 10 and exp_sc.to_90(found[4]) == 20
     assert exp_sc.to_90(found[0]) is None
+    free = exp_sc.verdicts(rows(vanilla=0.2, pcr=0.9, sc=0.97) + both, "correct", 1)
+    assert free["pcr"] == "no" and free["sc"] == "holds"                # pcr is not stuck
     wrong = exp_sc.verdicts(rows(vanilla=0.8, pcr=0.95, sc=0.85, **{"sc+pcr": 0.9}), "correct", 1)
     assert wrong == dict.fromkeys(exp_sc.PAPER, "no")
 
