@@ -375,7 +375,7 @@ def claims_photos(rows):
             f"of {', '.join(arms)}", "theirs": "by a large margin",
             "verdict": sweep.beside(ends, "sc"),
             "ours": ", ".join(map(sweep.spread, ends.values())) + f"; n={n}",
-            "front": key == "distance"})
+            "front": key == "distance" and name == "celeba"})
     return found
 
 

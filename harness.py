@@ -288,11 +288,7 @@ def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_ste
                     trainer.step - first) / (time.time() - start))]))
                 window.clear()
             if check and evaluate:
-                scores = evaluate(trainer)
-                if wrong := [k for k, v in scores.items() if np.size(v) and not np.all(
-                        np.isfinite(np.array(v, float)))]:
-                    raise UserError(f"{', '.join(wrong)} not finite at step {trainer.step} of "
-                                    f"{folder}")
+                scores = finite_scores(evaluate(trainer), trainer, folder)
                 write(scores)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in scores.items() if k == best})
                 if scores.get(best, math.inf) < lowest:
@@ -319,6 +315,14 @@ def finite(trainer, folder, names, window):
                         f"{folder}; {kept}")
     return [{"step": first + i, "d_steps": (first + i) * trainer.cfg.n_dis,
              **dict(zip(names, values))} for i, values in enumerate(window.tolist())]
+
+
+def finite_scores(scores, trainer, folder):
+    """The scores, numbers or lists of them; UserError if one is not finite."""
+    wrong = [k for k, v in scores.items() if not np.isfinite(np.asarray(v, float)).all()]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} not finite at step {trainer.step} of {folder}")
+    return scores
 
 
 def show(bar, folder, trainer, values, scores, rate):

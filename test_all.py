@@ -389,6 +389,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_a_score_that_is_not_finite_stops_and_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="distance not finite at step 3"):
+        fit(tmp_path, lambda t: {"distance": math.nan, "hist": [0.5, 0.5]})
+    assert not any("distance" in r for r in harness.read_rows(tmp_path / "metrics.jsonl"))
+
+
 def test_another_configuration_is_not_resumed(tmp_path, monkeypatch):
     for commit in ("one", "two", "two"):                                # the same one names all
         monkeypatch.setattr(harness, "versions", lambda commit=commit: {"git": commit})
