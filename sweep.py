@@ -285,7 +285,7 @@ def tell(runs, folder, done, start):
     left, processes = len(runs) - finished(folder, runs), worker() or 1
     if len(runs) > 1:
         seconds = (time.time() - start) / done * left / processes
-        print(f"sweep: {len(runs) - left} of {len(runs)} runs done, {min(processes - 1, left)} "
+        print(f"sweep: {len(runs) - left} of {len(runs)} runs done, {min(processes, left)} "
               f"running, {left} left, about {datetime.timedelta(seconds=round(seconds))} to go",
               flush=True)
 
