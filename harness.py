@@ -235,7 +235,8 @@ def open_run(trainer, folder, protocol):
             raise UserError(f"{ckpt} was made with another configuration: {differ}")
         trainer.load(state)
         window = list(state["log"].to(trainer.device))
-    rows = [r for r in read_rows(folder / "metrics.jsonl") if r["step"] <= trainer.step]
+    rows = [r for r in read_rows(folder / "metrics.jsonl")      # not what will be logged again
+            if r["step"] <= trainer.step - len(window) * ("d_loss" in r)]
     with atomic(folder / "metrics.jsonl") as tmp:
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return rows, window
@@ -350,6 +351,9 @@ STYLE = {
     "dup": {"color": "#56B4E9", "ls": "-."}, "mixup": {"color": "#CC79A7", "ls": ":"},
     "random": {"color": "#CC79A7", "ls": ":"}, "matched": {"color": "#009E73", "ls": (0, (5, 1))},
 }
+STYLE |= {new: STYLE[old] for new, old in {     # of other figures
+    "fgd": "vanilla", "wor": "pcr", "iid": "sc", "real-wor": "sc+pcr", "epoch": "mixup",
+    "ema": "pcr", "r1": "sc", "optimistic": "sc+pcr"}.items()}
 
 
 def style(arm):

@@ -2390,7 +2390,7 @@ def test_an_epoch_of_codes_for_each_player():
 def test_sampler_resumes_bit_for_bit_and_logs_each_update_once(tmp_path, arm):
     whole, cut = fit_sampler(tmp_path / "whole", arm, steps=11), sampler(arm, steps=11)
     update = cut.update
-    cut.update = lambda: update() if cut.step < 7 else 1 / 0            # dies without a word
+    cut.update = lambda: update() if cut.step < 8 else 1 / 0    # dies after a log, before a save
     with pytest.raises(ZeroDivisionError):
         harness.fit(cut, tmp_path / "cut", each_step=True)
     state = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
