@@ -400,7 +400,7 @@ def plot_squares(rows, cfg, folder):
     """By arm: shares of samples, D's scores, the four images and samples -> figure."""
     arms = by_arm(rows)
     fig = harness.figure(2.4 * len(arms))
-    axes = fig.subplots(len(arms), 3, squeeze=False, width_ratios=[1.25, 1.25, 1])
+    axes = fig.subplots(len(arms), 3, squeeze=False)
     for (arm, here), (left, middle, right) in zip(arms.items(), axes):
         seeds = list(dict.fromkeys(r["seed"] for r in here))
         curves = [[r for r in here if r["seed"] == seed] for seed in seeds]
@@ -412,15 +412,19 @@ def plot_squares(rows, cfg, folder):
         middle.set(title=f"{arm}: how D scores them", xlabel="updates of G", ylabel="logit of D")
         left.legend()
         middle.legend()
-        known = x = images_of(Namespace(size=cfg["size"], seed=seeds[0]))
-        file = folder / f"{arm}-s{seeds[0]}" / "samples.npz"
-        if file.exists():                               # else result.json came alone
-            x = torch.cat([known, torch.as_tensor(np.load(file)["samples"])])[:48]
-        frames = torch.full((len(x), 3), 200)
-        for image, kind in zip(known.split(1), ("real", "real", "and", "or")):
-            frames[geometry.is_in(x, image)] = torch.tensor([*bytes.fromhex(SHOWN[kind][1][1:])])
-        right.imshow(harness.grid(harness.frame(x, frames), 8), interpolation="nearest")
-        right.set_title("A, B, AND, OR, then samples,\nframed if equal to one")
+        lines = []
+        for seed in seeds:
+            known = x = images_of(Namespace(size=cfg["size"], seed=seed))
+            file = folder / f"{arm}-s{seed}" / "samples.npz"
+            if file.exists():                           # else result.json came alone
+                x = torch.cat([known, torch.as_tensor(np.load(file)["samples"])])[:9]
+            frames = torch.full((len(x), 3), 200)
+            for image, kind in zip(known.split(1), ("real", "real", "and", "or")):
+                colour = bytes.fromhex(SHOWN[kind][1][1:])
+                frames[geometry.is_in(x, image)] = torch.tensor([*colour])
+            lines.append(harness.frame(x, frames))
+        right.imshow(harness.grid(torch.cat(lines), len(lines[0])), interpolation="nearest")
+        right.set_title("A, B, AND, OR, samples framed if\nequal to one of them; a line a seed")
         right.axis("off")
     return fig
 
