@@ -6,6 +6,7 @@ cached in `data_dir/cache`, under a key made of everything that determines them.
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import os
 import stat
@@ -66,12 +67,13 @@ def download(url, path, **checksum):
 
 
 def verify_checksum(path, what, **checksum):
-    """Raise UserError unless the file's md5=... or sha256=... begins with the digits given."""
+    """The file's md5=... or sha256=...; UserError unless it begins with the digits given."""
     (kind, wanted), = checksum.items()
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, kind).hexdigest()
     if not found.startswith(wanted):
         raise UserError(f"{what}: {kind} is {found}, should be {wanted}: delete it and fetch again")
+    return found
 
 
 @contextlib.contextmanager
@@ -162,6 +164,34 @@ def iter_images(path, names=None):
             yield name, decode(file, place)
 
 
+def iter_npy(path):
+    """Yield the images (H, W, C) of a uint8 .npy, whose channels may come first or last."""
+    with readable(f"{path}: not a readable .npy of numbers"):
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        dtype, shape, size = images.dtype, images.shape, math.prod(images.shape[1:])
+    axis = [i for i in (3, 1) if len(shape) == 4 and shape[i] in (1, 3)]
+    if dtype != np.uint8 or not (axis and images.flags.c_contiguous and 0 < size <= LARGEST):
+        raise UserError(f"{path}: {dtype} {shape}, must be uint8 (N, H, W, 3 or 1) or (N, 3 or 1, "
+                        f"H, W), in C order, at most {LARGEST} bytes an image")
+    with readable(f"{path}: changed while it was read"), open(path, "rb") as f:
+        f.seek(images.offset)   # the mapping of a file cut short meanwhile kills the process
+        for _ in range(len(images)):
+            yield np.moveaxis(np.fromfile(f, np.uint8, size).reshape(shape[1:]), axis[0] - 1, 2)
+
+
+def batches(source, batch, n=None, size=None, data_dir=DATA_DIR, split="train"):
+    """Yield the first n images of a data set (see `load`), or of a .npy, folder or zip, of whatever
+    sizes, as uint8 (B, C, H, W), B at most `batch`."""
+    if source in NAMES:
+        yield from load(source, size, data_dir, split)[:n].split(batch)
+        return
+    arrays = iter_npy(source) if source.endswith(".npy") else (a for _, a in iter_images(source))
+    for shape, run in itertools.groupby(itertools.islice(arrays, n), key=np.shape):
+        most = max(min(batch, 2 ** 24 // math.prod(shape[:2])), 1)   # 16 megapixels, or one
+        while block := list(itertools.islice(run, most)):
+            yield torch.from_numpy(np.stack(block)).permute(0, 3, 1, 2)
+
+
 def square(image, size, crop):
     """(H, W, 3) -> (3, size, size): centre crop of crop * W (or H, if that is less), resized."""
     height, width, _ = image.shape
@@ -188,12 +218,10 @@ def find(name, data_dir):
 
 
 def load(name, size=None, data_dir=DATA_DIR, split="train", n_train=None, seed=0):
-    """A data set as one uint8 tensor (N, C, size, size) in [0, 255].
-
-    name: one of NAMES, or the path of a folder or zip of images of any mode and size. split:
-    `train`, `test` or `all`; except for CIFAR-10 every tenth image in name order is `test`.
-    n_train takes a seeded subset. Raises UserError for missing, broken or too few images.
-    """
+    """A data set, one of NAMES or the path of a folder or zip of images of any mode and size, as
+    one uint8 tensor (N, C, size, size) in [0, 255]. split: `train`, `test` or `all`; except for
+    CIFAR-10 every tenth image in name order is `test`. n_train takes a seeded subset. Raises
+    UserError for missing, broken or too few images."""
     data_dir, size = Path(data_dir), SIZES.get(name, 64) if size is None else size
     if not 1 <= size <= 4096 or (name == "cifar10" and size != 32):
         raise UserError(f"--size {size}: must be from 1 to 4096 pixels, and for cifar10 32")

@@ -1,20 +1,16 @@
 """Fréchet distance between image sets (FID), KID, precision and recall, in plain PyTorch.
 
-`python fid.py generated/ cifar10 --kid` compares a folder of images with a data set. Either side
-may also be a .zip, a uint8 .npy, or a .npz of statistics as `--save-stats` and pytorch-fid write
-them. Only the published weights at 2048 dimensions give a `FID`; other scores carry other names.
+`python fid.py generated/ cifar10 --kid` compares a folder of images with a data set; also a .zip, a
+uint8 .npy, a .npz of statistics as `--save-stats` and pytorch-fid write them. Only the published
+weights at 2048 dimensions give a `FID`; other scores carry other names.
 """
 import argparse
 import contextlib
 import hashlib
-import io
-import itertools
 import json
-import math
 import os
 import sys
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -28,79 +24,74 @@ import data
 from core import UserError, generator
 from harness import atomic, cli, pick_device
 
-LAST = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}   # layer per dims
-DIMS, BATCH = tuple(LAST), 50
+DEPTH = {64: 4, 192: 7, 768: 15, 2048: 18}   # how many layers have so many features
+DIMS, BATCH = tuple(DEPTH), 50
 FLAGS = {   # of the scripts that score images, as sweep.FLAGS
     "n_real": (int, 2, 10 ** 9, "real images in the reference; default all"),
     "ref_split": (("train", "test", "all"), "real images to score against; default: --split"),
     "dims": (DIMS, "features of the distance"),
     "fid_weights": (str, "Inception weights; default: data-dir or a download"),
 }
-PUBLISHED = (   # address and sha256
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
+PUBLISHED = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth",    # address and sha256
+             "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
-# A tuple is a convolution: width, kernel, stride, padding; None is a max pool; a dict is a block of
-# parallel branches, each a chain of convolutions. A list in a chain is a fork, its outputs side by
-# side. `branch_pool` begins with a pool, which halves the image where no convolution follows.
-WIDE, TALL, FORK = (1, 7), (7, 1), [(384, (1, 3)), (384, (3, 1))]
+# A tuple is a convolution: width, kernel, stride, padded (with stride 2 never). A dict is a block
+# of parallel branches, each a chain of convolutions, that of `branch_pool` after `pool`.
+WIDE, TALL, FORK = (1, 7), (7, 1), [(384, (1, 3)), (384, (3, 1))]   # a fork: both see the same
+POOL, AVERAGE = nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 LAYERS = {
-    "Conv2d_1a_3x3": (32, 3, 2), "Conv2d_2a_3x3": (32, 3), "Conv2d_2b_3x3": (64, 3, 1, 1),
-    "maxpool1": None, "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3), "maxpool2": None,
+    "Conv2d_1a_3x3": (32, 3, 2), "Conv2d_2a_3x3": (32, 3, 1, False),
+    "Conv2d_2b_3x3": (64, 3), "maxpool1": POOL,
+    "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3, 1, False), "maxpool2": POOL,
     **{f"Mixed_5{letter}": {
-        "branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
-        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pool, 1)],
-    } for letter, pool in zip("bcd", (32, 64, 64))},
-    "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
-                 "branch_pool": []},
+        "branch1x1": [(64, 1)], "branch5x5_{}": [(48, 1), (64, 5)],
+        "branch3x3dbl_{}": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(w, 1)]}
+        for letter, w in zip("bcd", (32, 64, 64))},
+    "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl_{}": [(64, 1), (96, 3), (96, 3, 2)],
+                 "branch_pool": [], "pool": POOL},
     **{f"Mixed_6{letter}": {
-        "branch1x1": [(192, 1)], "branch7x7": [(w, 1), (w, WIDE), (192, TALL)],
-        "branch7x7dbl": [(w, 1), (w, TALL), (w, WIDE), (w, TALL), (192, WIDE)],
-        "branch_pool": [(192, 1)],
-    } for letter, w in zip("bcde", (128, 160, 160, 192))},
-    "Mixed_7a": {"branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": [
-        (192, 1), (192, WIDE), (192, TALL), (192, 3, 2)], "branch_pool": []},
+        "branch1x1": [(192, 1)], "branch7x7_{}": [(w, 1), (w, WIDE), (192, TALL)],
+        "branch7x7dbl_{}": [(w, 1), (w, TALL), (w, WIDE), (w, TALL), (192, WIDE)],
+        "branch_pool": [(192, 1)]} for letter, w in zip("bcde", (128, 160, 160, 192))},
+    "Mixed_7a": {"branch3x3_{}": [(192, 1), (320, 3, 2)], "branch7x7x3_{}": [
+        (192, 1), (192, WIDE), (192, TALL), (192, 3, 2)], "branch_pool": [], "pool": POOL},
     **{f"Mixed_7{letter}": {
-        "branch1x1": [(320, 1)], "branch3x3": [(384, 1), FORK],
-        "branch3x3dbl": [(448, 1), (384, 3), FORK], "branch_pool": [(192, 1)],
-    } for letter in "bc"},
+        "branch1x1": [(320, 1)], "branch3x3_{}": [(384, 1), FORK],
+        "branch3x3dbl_{}": [(448, 1), (384, 3), FORK], "branch_pool": [(192, 1)], "pool": pool}
+        for letter, pool in zip("bc", (AVERAGE, nn.MaxPool2d(3, 1, 1)))},
 }
 
 
 class ConvBN(nn.Sequential):
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
-        super().__init__(OrderedDict(
-            conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-            bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True)))
-        self.width = c_out
+    def __init__(self, c_in, width, kernel, stride=1, padded=True):
+        super().__init__()
+        padding = "same" if padded and stride == 1 else "valid"
+        self.conv = nn.Conv2d(c_in, width, kernel, stride, padding, bias=False)
+        self.bn, self.relu = nn.BatchNorm2d(width, eps=0.001), nn.ReLU(inplace=True)
+        self.width = width
 
 
 class Mixed(nn.Module):
-    """A block of parallel branches, the outputs concatenated; `pool` begins `branch_pool`."""
-
-    def __init__(self, c_in, branches, pool):
+    def __init__(self, c_in, pool=AVERAGE, **branches):
         super().__init__()
-        self.width, self.chains = 0, []
-        for base, steps in branches.items():
-            width, chain = c_in, [[pool]] if base == "branch_pool" else []
+        self.width, self.chains = 0, []     # of lists of layers, whose outputs are side by side
+        for name, steps in branches.items():
+            width, chain = c_in, [[pool]] if name == "branch_pool" else []
             for i, step in enumerate(steps, 1):
-                fork = [ConvBN(width, c_out, kernel, *stride or (1, "same"))
-                        for c_out, kernel, *stride in (step if isinstance(step, list) else [step])]
-                for letter, conv in zip("ab" if len(fork) > 1 else [""], fork):
-                    self.add_module(base + f"_{i}" * (len(steps) > 1) + letter, conv)
-                chain.append(fork)
-                width = sum(conv.width for conv in fork)
+                fork = dict(zip("ab", step)) if step is FORK else {"": step}
+                chain.append([ConvBN(width, *spec) for spec in fork.values()])
+                for letter, conv in zip(fork, chain[-1]):
+                    self.add_module(name.format(i) + letter, conv)
+                width = sum(conv.width for conv in chain[-1])
             self.chains.append(chain)
             self.width += width
 
     def forward(self, x):
-        outs = []
-        for chain in self.chains:
-            y = x
-            for fork in chain:
-                y = torch.cat([layer(y) for layer in fork], 1)
-            outs.append(y)
+        outs = [x] * len(self.chains)
+        for i, chain in enumerate(self.chains):
+            for layers in chain:
+                outs[i] = torch.cat([layer(outs[i]) for layer in layers], 1)
         return torch.cat(outs, 1)
 
 
@@ -113,8 +104,7 @@ def resized(x, size=299):
 class Inception(nn.Sequential):
     """Inception-v3 up to the output of width `dims`, averaged over positions, as in every published
     FID: unlike torchvision's, whose parameter names it has, its averages leave the padding out and
-    its last block pools by maximum. uint8 (B, 1 or 3, H, W) of any size -> float32 (B, dims).
-    """
+    its last block pools by maximum. uint8 (B, 1 or 3, H, W) of any size -> float32 (B, dims)."""
 
     device = property(lambda self: next(self.parameters()).device)
 
@@ -123,18 +113,11 @@ class Inception(nn.Sequential):
         if dims not in DIMS:
             raise UserError(f"{dims} features: choose one of {DIMS}")
         self.dims, width = dims, 3
-        for name, spec in LAYERS.items():
-            layer = nn.MaxPool2d(3, 2)
-            if isinstance(spec, tuple):
-                layer = ConvBN(width, *spec)
-            elif spec:
-                layer = Mixed(width, spec, layer if not spec["branch_pool"] else
-                              nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else
-                              nn.AvgPool2d(3, 1, 1, count_include_pad=False))
+        for name, spec in list(LAYERS.items())[:DEPTH[dims]]:
+            layer = (Mixed(width, **spec) if isinstance(spec, dict) else
+                     ConvBN(width, *spec) if isinstance(spec, tuple) else spec)
             width = getattr(layer, "width", width)
             self.add_module(name, layer)
-            if name == LAST[dims]:
-                break
 
     def identify(self, sha256):
         """Set what depends on the weights; `id` tells apart any two nets whose features differ."""
@@ -148,14 +131,12 @@ class Inception(nn.Sequential):
             raise ValueError(f"images must be uint8 (B, 1 or 3, H, W), not {x.dtype} {x.shape}")
         x = resized(x).expand(-1, 3, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)   # 1.7 times faster on a CPU
-        # Full float32 on a GPU too, so that a score does not depend on the device.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # on any device the same
             return super().forward(x).mean((2, 3))
 
 
 class Pixels(nn.Module):
-    """Features that need no download: the image in [0, 1], averaged to at most 16 px a side, uint8
-    (B, C, H, W) -> float32 (B, F), F at most 256 C."""
+    """Pixels in [0, 1], averaged to at most 16 a side: uint8 (B, C, H, W) -> float32 (B, F)."""
 
     label, device = "FD-px", None   # runs wherever the images are
 
@@ -168,36 +149,25 @@ class Pixels(nn.Module):
         return F.adaptive_avg_pool2d(x.float() / 255, size).flatten(1)
 
 
-def find_weights(weights, data_dir):
-    """`weights`, else $FID_WEIGHTS, else a .pth in data_dir/inception, the published one first,
-    else that one, downloaded to there."""
-    if weights := weights or os.environ.get("FID_WEIGHTS"):
-        return Path(weights)
-    (url, sha256), folder = PUBLISHED, Path(data_dir) / "inception"
-    published = folder / url.rpartition("/")[2]
-    for path in [published, *sorted(folder.glob("*.pth"))]:
-        if path.is_file() and not path.name.startswith("inception_v3_google"):   # torchvision's
-            return path
-    data.download(url, published, sha256=sha256)
-    return published
-
-
 def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"):
-    """The frozen network in eval mode, its batch norms folded into the convolutions.
-
-    Draws no random number. Raises UserError for a file that does not hold the weights.
-    """
+    """The frozen network in eval mode, its batch norms folded into the convolutions. Draws no
+    random number. Weights: a file, else $FID_WEIGHTS, else a .pth in data_dir/inception, first the
+    published one, which is downloaded if there is none. UserError for a file without weights."""
     with torch.device("meta"):
         net = Inception(dims).eval()
-    path, (url, sha256) = find_weights(weights, data_dir), PUBLISHED
+    published = Path(data_dir, "inception", PUBLISHED[0].rpartition("/")[2])
+    kept = [p for p in [published, *sorted(published.parent.glob("*.pth"))]
+            if p.is_file() and not p.name.startswith("inception_v3_google")]   # torchvision's
+    path = Path(weights or os.environ.get("FID_WEIGHTS") or [*kept, published][0])
+    if path == published and not kept:
+        data.download(PUBLISHED[0], published, sha256=PUBLISHED[1])
     if not path.is_file() or path.stat().st_size > 2 ** 30:
         raise UserError(f"{path}: no such file of at most 1 GiB (--weights or FID_WEIGHTS)")
-    if path.name == url.rpartition("/")[2]:
-        data.verify_checksum(path, path, sha256=sha256)
-    content, state = path.read_bytes(), None
-    net.identify(hashlib.sha256(content).hexdigest())
+    net.identify(data.verify_checksum(
+        path, path, sha256=PUBLISHED[1] if path.name == published.name else ""))
+    state = None
     with contextlib.suppress(Exception):   # a damaged or foreign file can fail in any way
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"{path}: not a state dict of tensors saved by torch.save")
     needed = {k: v.shape for k, v in net.state_dict().items() if "num_batches" not in k}
@@ -219,18 +189,14 @@ def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"
 
 class Statistics:
     """Mean and covariance (divided by n - 1) of features that come in batches, in float64, O(F^2).
-
-    Sums are about the first batch's mean, so that equal features have covariance 0.
-    """
+    Sums are about the first batch's mean, so that equal features have covariance 0."""
 
     def __init__(self, dims):
         self.n, self.shift = 0, None
-        self.sum = torch.zeros(dims, dtype=torch.float64)
-        self.outer = torch.zeros(dims, dims, dtype=torch.float64)
+        self.sum, self.outer = torch.zeros(dims).double(), torch.zeros(dims, dims).double()
 
     @classmethod
     def of(cls, mean, cov, n):
-        """Statistics that were computed before."""
         self = cls(len(mean))
         self.n, self.shift = n, torch.as_tensor(mean)
         self.outer += torch.as_tensor(cov) * (n - 1)
@@ -239,8 +205,7 @@ class Statistics:
     def add(self, features):
         """Count in features (B, F). Raises UserError if one of them is not finite."""
         x = features.detach().cpu().double()
-        if not x.isfinite().all():
-            raise UserError(f"features of images {self.n} to {self.n + len(x) - 1} are not finite")
+        check_finite(f"features of images {self.n} to {self.n + len(x) - 1}", x)
         self.shift = x.mean(0) if self.shift is None else self.shift
         x = x - self.shift
         self.sum += x.sum(0)
@@ -264,11 +229,9 @@ def check_finite(what, *values):
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), Heusel et al. (2017), as a float >= 0.
-
     The trace of the root is the sum of the roots of the eigenvalues of S1^1/2 S2 S1^1/2: real by
     construction, also for singular covariances. Directions in which S1 is zero to rounding (by
-    numpy's matrix_rank rule) are left out; their noise would add up.
-    """
+    numpy's matrix_rank rule) are left out; their noise would add up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).cpu().double() for v in (mu1, cov1, mu2, cov2))
     check_finite("means and covariances", mu1, cov1, mu2, cov2)
     values, vectors = torch.linalg.eigh(cov1)
@@ -281,19 +244,15 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def kid(fa, fb, subsets=100, subset_size=1000, seed=0):
     """Kernel distance, Bińkowski et al. (2018): unbiased MMD^2 with k(x, y) = (x.y / F + 1)^3.
-
     Features (N, F), (M, F) -> (mean, std) over random subsets of min(subset_size, N/2, M/2) images,
-    so that those of a small set differ. std is their spread, not the mean's error.
-    """
+    so that those of a small set differ. std is their spread, not the mean's error."""
     if min(len(fa), len(fb)) < 2:
         raise UserError("KID needs at least 2 images on either side")
     check_finite("features for KID", fa, fb)
-    m, values = min(subset_size, max(min(len(fa), len(fb)) // 2, 2)), []
-    gen = generator(seed)
+    m, values, gen = min(subset_size, max(min(len(fa), len(fb)) // 2, 2)), [], generator(seed)
     for _ in range(subsets):
         x, y = (f[torch.randperm(len(f), generator=gen)[:m]].float() for f in (fa, fb))
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1).double() ** 3
-                      for a, b in ((x, x), (y, y), (x, y)))
+        xx, yy, xy = ((a @ b.T / len(b.T) + 1).double() ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
         values.append((within / (m * (m - 1)) - 2 * xy.mean()).item())
     return float(np.mean(values)), float(np.std(values))
@@ -301,18 +260,15 @@ def kid(fa, fb, subsets=100, subset_size=1000, seed=0):
 
 def precision_recall(fa_real, fb_fake, k=3, block=1000):
     """Improved precision and recall, Kynkäänniemi et al. (2019), of features (N, F), (M, F).
-
     A set's manifold is all balls around an image that reach its k-th neighbour. Precision is the
-    share of fakes in the real manifold, recall that of reals in the fakes'; by blocks of images.
-    """
+    share of fakes in the real manifold, recall that of reals in the fakes'; by blocks of images."""
     if min(len(fa_real), len(fb_fake)) <= k:
         raise UserError(f"precision and recall need more than {k} images on either side")
     check_finite("features for precision and recall", fa_real, fb_fake)
 
-    def share_inside(x, centres):   # the nearest of all to a centre is itself
-        radii = torch.cat([torch.cdist(b, centres).kthvalue(k + 1)[0]
-                           for b in centres.split(block)])
-        inside = [(torch.cdist(b, centres) <= radii).any(1) for b in x.split(block)]
+    def share_inside(x, y):     # the nearest of all to an image is itself
+        radii = torch.cat([torch.cdist(b, y).kthvalue(k + 1)[0] for b in y.split(block)])
+        inside = [(torch.cdist(b, y) <= radii).any(1) for b in x.split(block)]
         return torch.cat(inside).double().mean().item()
 
     real, fake = fa_real.double(), fb_fake.double()
@@ -334,8 +290,7 @@ def features(net, batches, device=None, keep=False):
         out = net(batch.to(device or net.device or batch.device))
         stats = stats or Statistics(out.shape[1])
         stats.add(out)
-        if keep:
-            kept.append(out.float().cpu())
+        kept += [out.float().cpu()] if keep else []
     if stats is None:
         raise UserError("no images to take features of")
     return stats, torch.cat(kept) if keep else None
@@ -345,8 +300,7 @@ def reference(net, images, cache_dir):
     """Statistics and features (N, F) of images, uint8 (N, C, H, W), kept in a file of `cache_dir`
     that a hash of the images and of the network's `id` names, so that it cannot go stale."""
     key = hashlib.sha256(f"{net.id} {tuple(images.shape)}".encode())
-    for block in images.split(1000):
-        key.update(block.cpu().contiguous().numpy())
+    key.update(images.cpu().contiguous().numpy())
     path = Path(cache_dir) / f"features-{key.hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
         return Statistics.of(f["mu"], f["sigma"], len(images)), torch.from_numpy(f["features"])
@@ -370,12 +324,9 @@ def score(net, ref_stats, ref_feats, batches, with_kid=True, prc=False):
 
 
 def scorer(cfg, images, dims):
-    """A function that scores a trainer, and a dict that says what it measures.
-
-    The function returns the entries of `score` for cfg.n_fid images of each of the trainer's
-    generators, those of an averaged one ending in _ema, against cfg.n_real (None: all) of `images`,
-    uint8 (N, C, H, W), always the same ones. UserError if there are not as many.
-    """
+    """A function trainer -> entries of `score`, and a dict that says what they measure: cfg.n_fid
+    images of each of the trainer's generators (names of an averaged one's end in _ema) against the
+    same cfg.n_real (None: all) of `images`, uint8 (N, C, H, W). UserError if there are too few."""
     if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
         raise UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
     net = Pixels() if cfg.dataset == "geometry" else load_inception(
@@ -387,16 +338,16 @@ def scorer(cfg, images, dims):
         return {key + suffix: value for suffix, batches in trainer.fakes(cfg.n_fid).items()
                 for key, value in score(net, stats, feats, batches).items()}
 
-    return score_trainer, {"metric": net.label, "features": net.id, "n_real": len(order),
-                           "dims": len(stats.mean)}
+    return score_trainer, {
+        "metric": net.label, "features": net.id, "n_real": len(order), "dims": len(stats.mean)}
 
 
 def load_stats(path):
     """(mean, cov, n or None, id of the features or None) of a statistics .npz; no pickles."""
     with data.readable(f"{path}: not a readable .npz of plain arrays"), \
             np.load(path, allow_pickle=False) as f:
-        small = {i.filename.removesuffix(".npy") for i in f.zip.infolist() if i.file_size < 2 ** 30}
-        mu, sigma, n, name = (np.asarray(f[key]) if key in small else np.array(None)
+        small = {i.filename for i in f.zip.infolist() if i.file_size < 2 ** 30}
+        mu, sigma, n, name = (np.asarray(f[key]) if f"{key}.npy" in small else np.array(None)
                               for key in ("mu", "sigma", "n", "id"))
     if not (mu.ndim == 1 and mu.size and sigma.shape == 2 * mu.shape
             and mu.dtype.kind + sigma.dtype.kind == "ff" and np.allclose(sigma, sigma.T)):
@@ -409,64 +360,36 @@ def load_stats(path):
     return mu, sigma, n, name.item() if name.ndim == 0 and name.dtype.kind == "U" else None
 
 
-def batches_of(side, args):
-    """Yield the first `--n` images of a data set, .npy, folder or zip as uint8 (B, C, H, W)."""
-    if side in data.NAMES:
-        yield from data.load(side, args.size, args.data_dir, args.split)[:args.n].split(args.batch)
-        return
-    arrays = rows_of(side) if side.endswith(".npy") else (a for _, a in data.iter_images(side))
-    for shape, run in itertools.groupby(itertools.islice(arrays, args.n), key=lambda a: a.shape):
-        most = max(min(args.batch, 2 ** 24 // math.prod(shape[:2])), 1)   # 16 megapixels, or one
-        while block := list(itertools.islice(run, most)):
-            yield torch.from_numpy(np.stack(block)).permute(0, 3, 1, 2)
-
-
-def rows_of(path):
-    """Yield the images (H, W, C) of a uint8 .npy, whose channels may come first or last."""
-    with data.readable(f"{path}: not a readable .npy of numbers"):
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-        dtype, shape, size = images.dtype, images.shape, math.prod(images.shape[1:])
-    axis = [i for i in (3, 1) if len(shape) == 4 and shape[i] in (1, 3)]
-    if dtype != np.uint8 or not (axis and images.flags.c_contiguous and 0 < size <= data.LARGEST):
-        raise UserError(f"{path}: {dtype} {shape}, must be uint8 (N, H, W, 3 or 1) or (N, 3 or 1, "
-                        f"H, W), in C order, at most {data.LARGEST} bytes an image")
-    with data.readable(f"{path}: changed while it was read"), open(path, "rb") as f:
-        f.seek(images.offset)   # the mapping of a file cut short meanwhile kills the process
-        for _ in range(len(images)):
-            yield np.moveaxis(np.fromfile(f, np.uint8, size).reshape(shape[1:]), axis[0] - 1, 2)
-
-
 def compare(args):
     """Measure A against B -> the dict that `--json` prints."""
     start, deep, out = time.time(), args.kid or args.prc, args.save_stats
     sides = [s for s in (args.a, args.b) if s is not None]
     saved = [s for s in sides if s.endswith(".npz")]
-    absent = [s for s in sides if s not in data.NAMES and not (s and Path(s).exists())]
-    for wrong, text in [
-        (absent, f"{absent}: no such file or folder, nor one of {', '.join(data.NAMES)}"),
-        (not args.b and (deep or not out), "B is missing: give it, or --save-stats"),
-        (saved and deep, f"{saved}: --kid and --prc need images, not statistics"),
-        (out and (out.suffix != ".npz" or out.is_dir() or args.a in saved),
-         "--save-stats writes the statistics of images A to a file named *.npz"),
-        (not (1 <= args.batch <= 1000 and 2 <= args.n <= 10 ** 12),
-         f"--batch {args.batch} must be from 1 to 1000, --n {args.n} at least 2 (at most 10^12)"),
-    ]:
-        if wrong:
-            raise UserError(text)
+    if absent := [s for s in sides if s not in data.NAMES and not (s and Path(s).exists())]:
+        raise UserError(f"{absent}: no such file or folder, nor one of {', '.join(data.NAMES)}")
+    if not args.b and (deep or not out):
+        raise UserError("B is missing: give it, or --save-stats")
+    if saved and deep:
+        raise UserError(f"{saved}: --kid and --prc need images, not statistics")
+    if out and (out.suffix != ".npz" or out.is_dir() or args.a in saved):
+        raise UserError("--save-stats writes the statistics of images A to a file named *.npz")
+    if not (1 <= args.batch <= 1000 and 2 <= args.n <= 10 ** 12):
+        raise UserError(f"--batch {args.batch} must be from 1 to 1000, --n {args.n} at least 2 "
+                        "(at most 10^12)")
     net = None if len(saved) == len(sides) else load_inception(   # nothing to run on two files
         args.dims, args.weights, args.data_dir, pick_device(args.device))
 
     def measure(side):
         if side in saved:
             return *load_stats(side), None
-        stats, feats = features(net, batches_of(side, args), keep=deep)
+        stats, feats = features(net, data.batches(
+            side, args.batch, args.n, args.size, args.data_dir, args.split), keep=deep)
         return stats.mean, stats.cov, stats.n, net.id, feats
 
     means, covs, counts, ids, feats = zip(*map(measure, sides))
-    dims, ids = len(means[0]), {i for i in ids if i}
+    dims, ids = len(means[0]), {*ids} - {None}
     if len(ids) > 1 or dims != len(means[-1]):
-        raise UserError(f"A and B hold different features: {[len(m) for m in means]} dimensions, "
-                        f"ids {ids}")
+        raise UserError(f"A and B hold different features: {dims} and {len(means[-1])}, ids {ids}")
     if note := rank_note(min([n for n in counts if n], default=dims + 1), dims):
         print(f"note: {note}", file=sys.stderr)
     kid_mean, kid_std = kid(*feats) if args.kid else (None, None)
@@ -479,8 +402,7 @@ def compare(args):
             "kid": kid_mean, "kid_std": kid_std, "precision": precision, "recall": recall,
             "n_a": counts[0], "n_b": counts[1] if args.b else None,
             "features": net and net.id, "dims": dims, "standard": bool(net and net.standard),
-            "weights_sha256": net and net.weights_sha256,
-            "seconds": round(time.time() - start, 1)}
+            "weights_sha256": net and net.weights_sha256, "seconds": round(time.time() - start, 1)}
 
 
 def main(argv=None):

@@ -1516,14 +1516,14 @@ def test_images_of_mixed_sizes_and_modes(tiny):
     """An image in the wrong order, or a batch of more than 16 megapixels."""
     for i, size in enumerate([(20, 20), (9, 31), (20, 20), (1, 1), (300, 5), (9, 31)]):
         write(f"a/{i}.png", encoded(".png", "RGB" if i % 2 else "L", size))
-    net, args = fid.load_inception(dims=64), argparse.Namespace(batch=3, n=None)
-    got = fid.features(net, fid.batches_of("a", args), keep=True)[1]
+    net = fid.load_inception(dims=64)
+    got = fid.features(net, data.batches("a", 3), keep=True)[1]
     want = [net(torch.tensor(x).permute(2, 0, 1)[None]) for _, x in data.iter_images("a")]
     assert torch.allclose(got, torch.cat(want), rtol=1e-4) and len(got) == 6
     for shape, sizes in (((3, 3000, 3000, 3), [1] * 3), ((5, 4, 9, 1), [3, 2]),
                          ((1, 3, 5000, 5000), [1]), ((5, 2000, 2000, 1), [3, 2])):
         np.lib.format.open_memmap("a.npy", "w+", np.uint8, shape)   # sparse
-        assert [len(batch) for batch in fid.batches_of("a.npy", args)] == sizes
+        assert [len(batch) for batch in data.batches("a.npy", 3)] == sizes
 
 
 # --------------------------------------------------------------- input that is not to be trusted
@@ -1583,7 +1583,7 @@ VALID = {   # whole files, which are broken at random; by hand in REFUSALS
 READERS = {     # of any other file: `fid.py pics FILE`
     "in/a.jpg": lambda: [*data.iter_images("in")], "in.zip": lambda: [*data.iter_images("in.zip")],
     CIFAR: load("cifar10", 32, split="test"), "cifar-10-binary.tar.gz": load("cifar10", 32),
-    "s.npz": lambda: fid.main(["s.npz", "s.npz"]), "a.npy": lambda: list(fid.rows_of("a.npy")),
+    "s.npz": lambda: fid.main(["s.npz", "s.npz"]), "a.npy": lambda: list(data.iter_npy("a.npy")),
     "w.pth": lambda: fid.load_inception(dims=64, weights=Path("w.pth")), "pipe": load("pipe")}
 # File: {case: (what is in it, see `write`, *what its reader says)}. Without a file, "":
 # {case: (a call beside the folders pics, one and d.npz and statistics 64.npz, *what it says)}.
@@ -1772,7 +1772,8 @@ def test_files_that_vanish_or_change(tiny):
     folder, large = picture_folder(Path("in")), encoded(".png", size=(200, 200))
     write("a.zip", zip_of([(f"{i}.png", large) for i in range(9)]))
     write("a.npy", np.zeros((99, 40, 40, 3), np.uint8))
-    readers = {data.iter_images("in"): "No such file", fid.rows_of("a.npy"): "a.npy: changed while",
+    readers = {data.iter_images("in"): "No such file",
+               data.iter_npy("a.npy"): "a.npy: changed while",
                data.iter_images("a.zip"): "a.zip:1.png: not a readable image"}
     for reader in readers:
         next(reader)
