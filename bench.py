@@ -8,18 +8,19 @@ that of the first of its group. A share of the peak is counted FLOPs against a l
 on the same device and threads. `--peers` times other tools, where installed: see bench_peers.py.
 """
 import argparse
-import concurrent.futures
 import contextlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -34,44 +35,44 @@ import exp_pcr_natural as natural
 import fid
 import harness
 
-ARMS = {"eager": "vanilla", "eager pcr": "pcr"}
 CPU = dict(     # seconds of a timing at least, of runs side by side; cells; sizes and counts
     repeats=5, least=0.05, window=10, models=[*natural.MODELS], presets=["paper", "cpu"],
     sizes=[32], jobs=[1, 2, 4, 8], matmul=2048, images=16, dims=[64, 192, 768, 2048])
 CUDA = CPU | dict(repeats=9, least=0.5, sizes=[32, 64], matmul=8192, images=256)
 SMOKE = CPU | dict(repeats=2, least=0, window=0.1, models=["wgangp"], presets=["smoke"], jobs=[2],
                    matmul=128, images=2, dims=[64])
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds(function, calls, device, clock="wall"):
+    """Seconds of a call, the mean of some."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize(device)
+    start = CLOCKS[clock]()
+    for _ in range(calls):
+        function()
+    synchronize(device)
+    return max(CLOCKS[clock]() - start, 1e-9) / calls
 
 
 class Bench:
-    """What the parts share: settings and device. `rows` are the numbers, `left_out` the reasons."""
+    """What the parts share. `rows` are the numbers, `left_out` the reasons."""
 
     def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.rows, self.left_out, self.versions = [], {}, {"scipy": scipy.__version__}
         self.__dict__ |= SMOKE if args.smoke else CUDA if device.type == "cuda" else CPU
-        self.repeats = args.repeats or self.repeats
+        self.args, self.device, self.repeats = args, device, args.repeats or self.repeats
+        self.rows, self.left_out, self.versions = [], {}, {"scipy": scipy.__version__}
 
     def time_in_turns(self, functions):
         """Seconds of each function of {name: function}, warmed up -> {name: (repeats,)}."""
-        clock = {"wall": time.perf_counter, "cpu": time.process_time}[self.args.clock]
-
-        def seconds(function, calls=1):
-            synchronize(self.device)
-            start = clock()
-            for _ in range(calls):
-                function()
-            synchronize(self.device)
-            return max(clock() - start, 1e-9) / calls
-
-        calls = {}
+        spent, calls = partial(seconds, device=self.device, clock=self.args.clock), {}
         for name, function in functions.items():
             with self.attempt(name):
-                warm_up = seconds(function)
-                calls[name] = 1 if warm_up > 1 else max(1, round(self.least / seconds(function)))
-        turns = [{name: seconds(functions[name], n) for name, n in calls.items()}
+                slow = spent(function, 1) > 1
+                calls[name] = 1 if slow else max(1, round(self.least / spent(function, 1)))
+        turns = [[spent(functions[name], n) for name, n in calls.items()]
                  for _ in range(self.repeats)]
-        return {name: np.array([turn[name] for turn in turns]) for name in calls}
+        return dict(zip(calls, np.transpose(turns)))
 
     @contextlib.contextmanager
     def attempt(self, name):
@@ -101,26 +102,17 @@ class Bench:
         print(f"{part:8s} {name:48s} {value:9.4g} {unit:12s} {low:9.4g} to {high:<9.4g}", "  ".join(
             f"{k} {v:.4g}" for k, v in more.items()))
 
-    def rates(self, part, name, unit, amount, functions, more=lambda which, seconds: {}):
-        """A row for each function, timed in turns: `amount` a second, its time to the first's."""
+    def compare(self, part, name, unit, functions, value, more=lambda which, seconds: {}):
+        """A row for each function, timed in turns: value(seconds), its time to the first's."""
         times = self.time_in_turns(functions)
         for which, t in times.items():
-            ratio = np.median(t / next(iter(times.values())))
-            self.row(part, f"{name} {which}", unit, amount / t, time_ratio=float(ratio),
+            ratio = float(np.median(t / next(iter(times.values()))))
+            self.row(part, f"{name} {which}", unit, value(t), time_ratio=ratio,
                      **more(which, float(np.median(t))))
-        return times
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Flops(TorchDispatchMode):
-    """Counts the FLOPs of convolutions and matrix products inside, a multiply-add as two.
-
-    By the formulas of PyTorch's FlopCounterMode, whose hooks do not stand a gradient penalty.
-    """
+    """Counts FLOPs as PyTorch's FlopCounterMode, whose hooks do not stand a gradient penalty."""
 
     total = 0
 
@@ -131,119 +123,81 @@ class Flops(TorchDispatchMode):
         return out
 
 
-# ------------------------------------------------------------------------------------- training
+def make(cfg, arm):
+    """A trainer on 10,000 images. What an update costs does not depend on what they show."""
+    images = torch.randint(256, (10_000, cfg.channels, cfg.size, cfg.size), dtype=torch.uint8)
+    return core.Trainer(cfg, images.to(cfg.device), *natural.networks(cfg), natural.ARMS[arm])
 
 
-def configure(model, preset, device, size=32, **changes):
-    """A cell of exp_pcr_natural.py on 10,000 random images, `size` pixels wide. The preset `cpu`
-    has 32 channels here, as the tables of speed have it."""
-    width = ["--width", "32"] if preset == "cpu" else []
-    args = natural.flags().parse_args(["--preset", preset, "--size", str(size), *width])
-    return argparse.Namespace(**vars(natural.configure(args, model, "cifar10")) | {
-        "seed": 0, "arm": "vanilla", "device": device, "n_train": 10_000, **changes})
-
-
-def make(cfg):
-    """The trainer of a cell. What an update costs does not depend on what the images show."""
-    images = torch.randint(256, (cfg.n_train, cfg.channels, cfg.size, cfg.size), dtype=torch.uint8)
-    return core.Trainer(cfg, images.to(cfg.device), *natural.networks(cfg), natural.ARMS[cfg.arm])
+def time_alone(cfg, window, all_ready):
+    """Train with PCR, timed once all processes are ready -> updates per second, MiB at most."""
+    torch.set_num_threads(cfg.threads)
+    update, times, gpu = make(cfg, "pcr").update, [], cfg.device.type == "cuda"
+    update()
+    all_ready.wait()
+    calls = 10 if gpu else 2
+    while sum(times) * calls < window:
+        times.append(seconds(update, calls, cfg.device))
+    if gpu:
+        return 1 / np.mean(times), torch.cuda.max_memory_allocated(cfg.device) / 2 ** 20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # kB on Linux, bytes on a Mac
+    return 1 / np.mean(times), most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def train(b):
     """Updates of G per second by model, preset and arm; then runs per hour, side by side."""
-    a, work = torch.randn(b.matmul, b.matmul, device=b.device), 2 * b.matmul ** 3
-    times = b.rates("train", f"float32, {b.matmul} wide", "FLOP/s", work, {"matmul": lambda: a @ a})
-    peak = work / np.median(times["matmul"])
+    a, spawn = torch.randn(b.matmul, b.matmul, device=b.device), get_context("spawn")
+    b.compare("train", f"float32, {b.matmul} wide", "FLOP/s", {"matmul": lambda: a @ a},
+              lambda t: 2 * b.matmul ** 3 / t)
+    peak = b.rows[-1]["value"]
     for model, preset, size in itertools.product(b.models, b.presets, b.sizes):
-        cell, name = (model, preset, b.device, size), f"{model} {preset}, {size} px,"
-        cfg, functions, flops = configure(*cell), {}, {}
-        for arm, loss in ARMS.items():
-            functions[arm] = make(configure(*cell, arm=loss)).update
+        width = ["--width", "32"] if preset == "cpu" else []    # as the tables of speed have it
+        cfg = natural.configure(natural.flags().parse_args(
+            ["--preset", preset, "--size", str(size), *width]), model, "cifar10")
+        vars(cfg).update(seed=0, device=b.device)
+        name, functions, flops = f"{model} {preset}, {size} px,", {}, {}
+        for which, arm in (("eager", "vanilla"), ("eager pcr", "pcr")):
+            functions[which] = make(cfg, arm).update
             with Flops() as counter:
-                functions[arm]()
-            flops[arm] = counter.total
-        functions |= b.peers("TRAIN", make(cfg))
-        b.rates("train", name, "G steps/s", 1, functions, lambda arm, t, n=cfg.n_dis, f=flops: {
-            "d_steps_per_s": n / t,
-            **({"peak_percent": 100 * f[arm] / t / peak} if arm in f else {})})
+                functions[which]()
+            flops[which] = counter.total
+        functions |= b.peers("TRAIN", make(cfg, "vanilla"))
+        b.compare("train", name, "G steps/s", functions, lambda t: 1 / t,
+                  lambda which, t, n=cfg.n_dis, flops=flops: {"d_steps_per_s": n / t, **(
+                      {"peak_percent": 100 * flops[which] / t / peak} if which in flops else {})})
         for jobs in b.jobs:
-            share = max(1, harness.cores() // jobs)
-            with b.attempt(f"{name} {jobs} together"):
-                found = side_by_side(b, [configure(*cell, arm="pcr", threads=share)] * jobs)
+            cfg.threads = max(1, harness.cores() // jobs)
+            with b.attempt(f"{name} {jobs} together"), spawn.Manager() as manager, \
+                    ProcessPoolExecutor(jobs, spawn) as pool:
+                all_ready = manager.Barrier(jobs, timeout=300)      # else one that died stops all
+                rates, mib = zip(*pool.map(partial(
+                    time_alone, window=b.window, all_ready=all_ready), [cfg] * jobs))
                 b.row("train", f"{name} eager pcr, {jobs} together", "runs/hour",
-                      3600 / cfg.steps * sum(one["rate"] for one in found),
-                      mib_each=max(one["mib"] for one in found))
-
-
-def side_by_side(b, cells):
-    """Train cells at once, each in a new process -> their {rate, mib}."""
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, \
-            concurrent.futures.ProcessPoolExecutor(len(cells), spawn) as pool:
-        all_ready = manager.Barrier(len(cells), timeout=300)    # else one that died stops all
-        return list(pool.map(time_alone, cells, [b.window] * len(cells), [all_ready] * len(cells)))
-
-
-def time_alone(cfg, window, all_ready):
-    """Train, and time it once all processes are ready."""
-    torch.set_num_threads(cfg.threads)
-    trainer, n = make(cfg), 0
-    trainer.update()
-    all_ready.wait()
-    synchronize(cfg.device)
-    start = time.perf_counter()
-    while n < 2 or time.perf_counter() - start < window:
-        trainer.update()
-        n += 1
-        if n % 10 == 0 or cfg.device.type == "cpu":
-            synchronize(cfg.device)
-    synchronize(cfg.device)
-    return {"rate": n / (time.perf_counter() - start), "mib": peak_mib(cfg.device)}
-
-
-def peak_mib(device):
-    """Most memory this process has had, in MiB: allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # kB on Linux, bytes on a Mac
-    return most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-# ------------------------------------------------------------------------------------------ FID
-
-
-def weights_file(data_dir, folder):
-    """The Inception weights in `data_dir`, or random ones, as fast, as any tool wants them."""
-    found = sorted((data_dir / "inception").glob("*2015*.pth"))
-    state = torch.load(found[0], weights_only=True) if found else fid.Inception().state_dict()
-    state = {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    torch.save(state, Path(folder) / "weights.pth")
-    return Path(folder) / "weights.pth"
+                      3600 / cfg.steps * sum(rates), mib_each=max(mib))
 
 
 def frechet(b):
     """Images per second of the FID network, by width and precision; then the distance."""
-    x, pays = torch.randint(256, (b.images, 3, 32, 32), dtype=torch.uint8).to(b.device), True
+    x = torch.randint(256, (b.images, 3, 32, 32), dtype=torch.uint8).to(b.device)
+    found = sorted((b.args.data_dir / "inception").glob("*2015*.pth"))      # else random ones
+    state = torch.load(found[0], weights_only=True) if found else fid.Inception().state_dict()
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}   # for any tool
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        weights = weights_file(b.args.data_dir, folder)
+        weights = Path(folder) / "weights.pth"
+        torch.save(state, weights)
         for dims in b.dims:
-            net = fid.load_inception(dims=dims, weights=weights, device=b.device)
-            functions = {"fid.py": lambda net=net: net(x)}
-            if pays:    # no matter how slow, but not again
-                bf16 = torch.autocast(b.device.type, torch.bfloat16)
-                functions["bf16 autocast"] = bf16(lambda net=net: net(x))
-            times = b.rates("fid", f"{dims} features,", "images/s", len(x), {
-                **functions, **(b.peers("FEATURES", weights, x) if dims == 2048 else {})})
-            pays = bool((times.get("bf16 autocast", np.inf) < times["fid.py"]).mean() > 0.5)
+            run = partial(fid.load_inception(dims=dims, weights=weights, device=b.device), x)
+            bf16 = torch.autocast(b.device.type, torch.bfloat16)(run)
+            peers = b.peers("FEATURES", weights, x) if dims == 2048 else {}
+            b.compare("fid", f"{dims} features,", "images/s",
+                      {"fid.py": run, "bf16 autocast": bf16, **peers}, lambda t: len(x) / t)
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     flags = [f"--{name}" for name in ("peers", "smoke") if getattr(b.args, name)]
-    done = subprocess.run(      # libraries learn that there is one thread before they start
-        [sys.executable, __file__, "distance", "--json", "--clock", b.args.clock, "--repeats",
-         str(min(b.repeats, 3)), *flags], env={**os.environ, **one}, check=True,
-        stdout=subprocess.PIPE)
-    found = json.loads(done.stdout)
-    b.rows += found["rows"]
-    b.left_out |= found["left_out"]
+    result = json.loads(subprocess.check_output(    # libraries learn of the thread as they start
+        [sys.executable, __file__, "distance", "--json", "--device", "cpu", "--clock",
+         b.args.clock, "--repeats", str(min(b.repeats, 3)), *flags], env=os.environ | one))
+    b.rows += result["rows"]
+    b.left_out |= result["left_out"]
 
 
 def distance(b):
@@ -260,31 +214,24 @@ def distance(b):
         root = scipy.linalg.sqrtm(cov1 @ cov2).real
         return ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
 
-    functions = {"fid.py": lambda: fid.frechet_distance(*sides), "scipy sqrtm": textbook,
+    functions = {"fid.py": partial(fid.frechet_distance, *sides), "scipy sqrtm": textbook,
                  **b.peers("DISTANCE", arrays, sides)}
-    times = b.time_in_turns({name: lambda name=name, f=f: found.update({name: float(f())})
-                             for name, f in functions.items()})
-    for name, t in times.items():
-        b.row("fid", f"distance of {dims} features, one thread, {name}", "s", t, time_ratio=float(
-            np.median(t / times["fid.py"])), distance=found[name])
-
-
-# ------------------------------------------------------------------------------------------ run
-
-PARTS = {"train": train, "fid": frechet, "distance": distance}
+    b.compare("fid", f"distance of {dims} features, one thread,", "s", {
+        name: lambda name=name, f=f: found.update({name: float(f())})
+        for name, f in functions.items()}, lambda t: t, lambda which, t: {"distance": found[which]})
 
 
 def main(argv=None):
+    parts = {"train": train, "fid": frechet, "distance": distance}
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", nargs="?", choices=[*PARTS],
-                   help="default: train and fid, of which distance is a part")
+    p.add_argument("part", nargs="?", choices=parts, help="default: train, and fid with distance")
     p.add_argument("--peers", action="store_true", help="other tools too, where installed")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.add_argument("--smoke", action="store_true", help="seconds: to see that everything works")
     p.add_argument("--repeats", type=int, help="timings of each; default 5, on a GPU 9")
     p.add_argument("--threads", type=int, help="of one run at a time; default PyTorch's choice")
-    p.add_argument("--clock", choices=["wall", "cpu"], default="wall",
+    p.add_argument("--clock", choices=CLOCKS, default="wall",
                    help="cpu: processor time, for a busy machine and one thread (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--data-dir", type=Path, default=data.DATA_DIR, help="may hold FID's weights")
@@ -299,7 +246,7 @@ def main(argv=None):
     b = Bench(args, device)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         for part in [args.part] if args.part else ["train", "fid"]:
-            PARTS[part](b)
+            parts[part](b)
     result = {
         "device": harness.chip(device) if device.type == "cuda" else "cpu",
         "processor": harness.chip(torch.device("cpu")), "cores": harness.cores(),

@@ -6,24 +6,21 @@ network definitions, which is all that is timed. Weights are handed over, never 
 """
 import copy
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 
 import torch
 
 import core
 
-# ------------------------------------------------------------------- an iteration: n_dis D, one G
-
 
 def copies(trainer):
-    """G, D and Adams as a user of another tool has them, a batch of real images, and cfg.
+    """G, D and Adams as other tools' users have them, one batch of real images, and cfg.
 
-    PyTorch's LeakyReLU, the default memory format, Adam as it comes, and always the same batch,
-    already in place.
+    PyTorch's LeakyReLU, the default memory format, Adam as it comes.
     """
-    cfg, nets = trainer.cfg, [copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-                              for net in (trainer.G, trainer.D)]
+    cfg, nets = trainer.cfg, copy.deepcopy([trainer.G, trainer.D])
     for net in nets:
+        net.to(memory_format=torch.contiguous_format)
         for i, layer in enumerate(net):
             if isinstance(layer, core.LeakyReLU):
                 net[i] = torch.nn.LeakyReLU(0.2)
@@ -44,7 +41,7 @@ def torchgan(trainer):
     on_g, *on_d = [kind() for kind in kinds[cfg.loss]]
     G.encoding_dims, G.label_type, D.label_type = cfg.z_dim, "none", "none"
 
-    def update():
+    def update():       # an iteration: n_dis of D, one of G
         for loss in on_d * cfg.n_dis:
             loss.train_ops(G, D, opt_d, x_real, x_real.device)
         on_g.train_ops(G, D, opt_g, x_real.device, len(x_real))
@@ -52,7 +49,7 @@ def torchgan(trainer):
 
 
 def mimicry(trainer):
-    """It has no least-squares loss."""
+    """It has no least-squares loss. Our layers, its training step."""
     from torch_mimicry.nets.gan import gan
     from torch_mimicry.nets.wgan_gp import wgan_gp_base as wgan
     from torch_mimicry.training.metric_log import MetricLog
@@ -61,9 +58,10 @@ def mimicry(trainer):
     G, D, opt_g, opt_d, x_real, cfg = copies(trainer)
     if cfg.loss not in kinds:
         return None
-    for net, base in zip((G, D), kinds[cfg.loss]):      # our layers, its training step
+    *bases, loss = kinds[cfg.loss]
+    for net, base in zip((G, D), bases):
         net.__class__ = type("Hosted", (type(net), base), {})
-        net.nz, net.gp_scale, net.loss_type = cfg.z_dim, cfg.gp_weight, kinds[cfg.loss][2]
+        net.nz, net.gp_scale, net.loss_type = cfg.z_dim, cfg.gp_weight, loss
     batch, log = (x_real, None), MetricLog()
 
     def update():
@@ -73,60 +71,43 @@ def mimicry(trainer):
     return update
 
 
-# ------------------------------------------------- features: uint8 (B, 3, H, W) -> floats (B, 2048)
-
-
-def inception(module, weights, x, **how):
-    """The network of pytorch-fid, or of clean-fid, which has it too, with our weights."""
-    module = import_module(module)
+def inception(path, weights, x, pixels=lambda x: x, **how):
+    """pytorch-fid's, or clean-fid's, which has it too, with our weights, on uint8 (B, 3, H, W)."""
+    module = resolve_name(path)
     module.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights)
-    return module.InceptionV3([3], **how).eval().to(x.device)
-
-
-def pytorch_fid(weights, x):
-    net = inception("pytorch_fid.inception", weights, x)
-    return lambda: net(x / 255)[0].flatten(1)
-
-
-def extractor(path):
-    """The builder for a network, torch-fidelity's or torchmetrics', that takes a weights file."""
-    def build(weights, x):
-        module, name = path.split(":")
-        return partial(getattr(import_module(module), name)(
-            "2015", ["2048"], str(weights)).to(x.device), x)
-    return build
+    net = module.InceptionV3([3], **how).eval().to(x.device)
+    return lambda: net(pixels(x) / 255)[0].flatten(1)
 
 
 def clean_fid(weights, x):
     """With its resizing, image by image. The form of the network that needs no other download."""
-    net = inception("cleanfid.inception_pytorch", weights, x, resize_input=False)
-    resizer = import_module("cleanfid.resize").build_resizer("clean")
-
-    def run():
-        big = [torch.tensor(resizer(image).transpose(2, 0, 1))      # in the default memory format
-               for image in x.permute(0, 2, 3, 1).cpu().numpy()]
-        return net(torch.stack(big).to(x.device) / 255)[0].flatten(1)
-    return run
+    resize = resolve_name("cleanfid.resize:build_resizer")("clean")
+    return inception("cleanfid.inception_pytorch", weights, x, lambda x: torch.stack([
+        torch.tensor(resize(image).transpose(2, 0, 1))      # in the default memory format
+        for image in x.permute(0, 2, 3, 1).cpu().numpy()]).to(x.device), resize_input=False)
 
 
-# ------------------------------------------- distance of (mu1, cov1, mu2, cov2): arrays, or tensors
+def fidelity(path, weights, x):
+    """torch-fidelity's network, or torchmetrics' heir of it: they take a weights file."""
+    return partial(resolve_name(path)("2015", ["2048"], str(weights)).to(x.device), x)
 
 
 def torch_fidelity_distance(arrays, tensors):
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    distance = resolve_name("torch_fidelity.metric_fid:fid_statistics_to_metric")
     one, two = ({"mu": mu, "sigma": cov} for mu, cov in (arrays[:2], arrays[2:]))
-    return lambda: fid_statistics_to_metric(one, two, False)["frechet_inception_distance"]
+    return lambda: distance(one, two, False)["frechet_inception_distance"]
 
 
 TRAIN = {"torchgan": torchgan, "torch-mimicry": mimicry}
-FEATURES = {"pytorch-fid": pytorch_fid, "clean-fid": clean_fid,
-            "torch-fidelity": extractor("torch_fidelity:FeatureExtractorInceptionV3"),
-            "torchmetrics": extractor("torchmetrics.image.fid:NoTrainInceptionV3")}
+FEATURES = {
+    "pytorch-fid": partial(inception, "pytorch_fid.inception"), "clean-fid": clean_fid,
+    "torch-fidelity": partial(fidelity, "torch_fidelity:FeatureExtractorInceptionV3"),
+    "torchmetrics": partial(fidelity, "torchmetrics.image.fid:NoTrainInceptionV3")}
 DISTANCE = {
     "pytorch-fid": lambda arrays, tensors: partial(
-        import_module("pytorch_fid.fid_score").calculate_frechet_distance, *arrays),
+        resolve_name("pytorch_fid.fid_score:calculate_frechet_distance"), *arrays),
     "clean-fid": lambda arrays, tensors: partial(
-        import_module("cleanfid.fid").frechet_distance, *arrays),
+        resolve_name("cleanfid.fid:frechet_distance"), *arrays),
     "torch-fidelity": torch_fidelity_distance,
     "torchmetrics": lambda arrays, tensors: partial(
-        import_module("torchmetrics.image.fid")._compute_fid, *tensors)}
+        resolve_name("torchmetrics.image.fid:_compute_fid"), *tensors)}
