@@ -1,19 +1,15 @@
 """Figures 1, 5 and 7: Sample Correction (SC) and PCR on the two-rectangle GAN, SC on photographs.
 
-Section 5.2: trained on 25,600 images of exactly two rectangles, a GAN gets almost 80% of its images
-wrong. With the AND and OR of training pairs as extra negatives (PCR) 70% become right and no more,
-without the already correct fakes in D's batch (SC) 97%, with both 99%, and sooner. Nor does the GAN
-collapse: nearly every training image is among 256,000 samples. Section 5.3: trained on 32
-photographs in batches of 2, replacing fakes that lie close to a training image (DIF below 0.1)
-improves FID and DIF "by a large margin".
+Section 5.2: trained on images of exactly two rectangles, a GAN gets almost 80% of its images wrong,
+with PCR (ANDs and ORs of training pairs as extra negatives) 30%, with SC (no correct fakes in D's
+batch) 3%, with both 1%, and nearly all training images are among 256,000 samples. Section 5.3: on
+32 photographs, replacing fakes of a DIF below 0.1 improves FID and DIF "by a large margin".
 
     python exp_sc.py
     python exp_sc.py --dataset cifar10
 
-Presets: paper (one GPU), cpu (all arms of a data set, one seed, in some ten minutes on two cores;
-rectangles at 16 px), smoke (seconds).
+Presets: paper (one GPU), cpu (a data set and seed in ten minutes on two cores), smoke (seconds).
 """
-import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -31,17 +27,14 @@ PAPER = {   # Figure 1: share of correct images, and what the paper says of it
     "vanilla": (0.20, "most are wrong"), "pcr": (0.70, "above vanilla, stuck 10 points under sc"),
     "sc": (0.97, "above 90%"), "sc+pcr": (0.99, "the best arm, and the first at 90%")}
 COUNTERS = {"tolerant": geometry.count, "exact": geometry.count_exact}
-
-# UNSPECIFIED: loss, networks and n_dis. WGAN-GP on the DCGAN pair with one update of D per update
-# of G, because it neither collapses nor saturates here.
+# UNSPECIFIED: loss, networks, n_dis. WGAN-GP on DCGANs, n_dis 1: neither collapses nor saturates.
 COMMON = dict(arch="dcgan", loss="wgan", norm_d="none", init_d="he", gp_weight=10.0, gp_comb=False,
               n_dis=1, steps=50_000, beta2=0.9, width=64, comb_weight=0.5, flip=False, ema_beta=0.0,
               log_every=100)
 PRESETS = {
-    # Section 5.2 and Appendix F: 32 px, squares of 8, 25,600 images, 256,000 samples searched.
-    # UNSPECIFIED: sizes and step sizes on rectangles. One level more than a DCGAN has (`base` 2),
-    # because a critic that reads only local features off linearly cannot count; a small z, because
-    # an image has four degrees of freedom; beta1 0 and falling step sizes, for crisp squares.
+    # Section 5.2, Appendix F. UNSPECIFIED: sizes and step sizes on rectangles. One level more than
+    # a DCGAN has (`base` 2), because a critic that reads only local features off linearly cannot
+    # count; a small z: an image has four degrees of freedom; beta1 0, lr_decay: crisp squares.
     "paper": dict(size=32, n_train=25_600, n_cover=256_000, batch=64, lr_g=5e-4, lr_d=5e-4, z_dim=8,
                   beta1=0.0, base=2, lr_decay=True, n_fid=4096, checks=50, sc_counter="tolerant"),
     # DEVIATION: rectangles on a CPU. Canvas and squares are half as wide; that leaves 1/14 of the
@@ -57,8 +50,7 @@ PHOTOS = {
                   base=4, lr_decay=False, n_fid=2048, dims=2048, n_dif=1024, checks=25, spares=3,
                   sc_threshold=0.1, seeds=[0, 1, 2]),
     # DEVIATION: photographs on a CPU. 8 images, because with 32 no fake was under the threshold in
-    # 3,500 updates; narrow networks, CelebA at 32 px, a sixth of the updates at larger, falling
-    # step sizes; the distance of early Inception features of few samples instead of the FID.
+    # 3,500 updates; small nets and images, few large steps, a distance of early Inception features.
     "cpu": dict(size=32, n_train=8, width=24, steps=8000, lr_g=5e-4, lr_d=5e-4, lr_decay=True,
                 n_fid=64, dims=64, n_heldout=512, n_dif=256, checks=8, seeds=[0]),
     "smoke": dict(jobs=1, size=32, n_train=8, n_heldout=32, width=8, z_dim=16, steps=4, n_fid=16,
@@ -74,12 +66,9 @@ OWN = {"dataset": (str, "geometry (rectangles), cifar10, celeba, imagenet, or a 
                         "images (%(default)s)"), "n_train": (int, 2, 10 ** 9, "training images"),
        "data_dir": data.FLAGS["data_dir"], **OF_SQUARES, **OF_PHOTOS}
 
-# ------------------------------------------------------------------------------------ rectangles
-
 
 def training_set(cfg):
-    """Appendix F: n_train images of two rectangles, and as many ANDs (one) and ORs (three) of
-    pairs of them, both uint8 (N, 1, H, W)."""
+    """Appendix F: n_train images of two rectangles, as many ANDs and ORs of pairs; both uint8."""
     if cfg.size < 16 or cfg.n_train % 2:
         raise core.UserError(f"--size {cfg.size} must be at least 16, --n-train {cfg.n_train} even")
     x, y, x_and, x_or = geometry.draw_pairs(cfg.n_train // 2, cfg.size, cfg.size // 4)
@@ -95,10 +84,8 @@ def combinations(t):
 
 def sc_weight(t, x_fake):
     """SC: weights (B,) of fakes (B, 1, H, W) in D's loss, 0 for those of exactly two rectangles."""
-    # UNSPECIFIED: how strict the counting algorithm is. The tolerant one cures sooner; the exact
-    # one leaves D the ragged images of two rectangles to learn from.
-    # UNSPECIFIED: whether correct fakes are replaced (Section 5.1) or discarded (Section 5.2,
-    # Appendix F). On rectangles they are discarded.
+    # UNSPECIFIED: how strictly to count. The exact counter keeps ragged pairs for D, cures later.
+    # UNSPECIFIED: whether correct fakes are replaced (5.1) or, as here, discarded (Section 5.2).
     correct = geometry.has_two(x_fake, t.cfg.size // 4, COUNTERS[t.cfg.sc_counter])
     return core.sample_correction(x_fake, correct.float(), threshold=0.5)[1]
 
@@ -108,8 +95,7 @@ ARMS = {  # each is d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
     "pcr": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, combinations(t)),
     "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, weight=sc_weight(t, x_fake)),
     "sc+pcr": lambda t, x_real, x_fake: core.d_loss(
-        t, x_real, x_fake, combinations(t), sc_weight(t, x_fake)),
-}
+        t, x_real, x_fake, combinations(t), sc_weight(t, x_fake))}
 
 
 def score(t):
@@ -132,16 +118,15 @@ def coverage(t, images, n_show=30):
     wanted, nearest, keys = geometry.lit(shown).flatten(1).float(), shown, []
     least = wanted.new_full([len(shown)], torch.inf)            # pixels apart
     for x in core.generate(t.G, t.latents(t.cfg.n_cover, seed=2)):
-        lit = geometry.lit(x).flatten(1).float()
-        apart, index = (wanted.sum(1, keepdim=True) + lit.sum(1) - 2 * wanted @ lit.T).min(1)
+        apart, index = torch.cdist(wanted, geometry.lit(x).flatten(1).float(), p=1).min(1)
         nearest = torch.where((apart < least).view(-1, 1, 1, 1), x[index], nearest)
         least = least.minimum(apart)
         keys.append(geometry.pack(x[geometry.has_two(x, t.cfg.size // 4, geometry.count_exact)]))
-    keys, known = torch.cat(keys), geometry.pack(images)
-    new = (~geometry.is_in(keys, known)).sum().item()
+    keys = torch.cat(keys)
+    new = (~geometry.is_in(keys, images)).sum().item()
     return {"coverage_exact": (least == 0).sum().item(), "coverage_n": len(shown),
             "n_cover": t.cfg.n_cover, "distinct": geometry.count_distinct(keys),
-            "distinct_train": geometry.count_distinct(known),
+            "distinct_train": geometry.count_distinct(images),
             "unseen_share": new / max(len(keys), 1)}, torch.cat([shown, nearest], 1)
 
 
@@ -158,10 +143,8 @@ def run_squares(cfg, folder):
     harness.fit(t, folder, score, best="wrong")
     scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "wrong" in r]
     (covered, pairs), x, last = coverage(t, images), t.preview(36), scored[-1]
-    harness.save_grid(pairs.flatten(0, 1)[:, None], folder / "coverage.png", columns=10)
     with harness.atomic(folder / "samples.npz") as tmp:
-        np.savez(tmp, samples=x.cpu(), pairs=pairs.cpu(),
-                 good=geometry.has_two(x, cfg.size // 4).cpu())
+        np.savez(tmp, samples=x.cpu(), pairs=pairs.cpu())
     row = {"arm": cfg.arm, "seed": cfg.seed, "steps": last["step"], "d_steps": last["d_steps"],
            "n": cfg.n_fid, **{k: v for k, v in last.items() if k.startswith(("correct", "hist"))},
            "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored]}
@@ -171,7 +154,7 @@ def run_squares(cfg, folder):
 def verdicts(rows, key, column):
     """{arm: whether its words in PAPER hold} by the counter of `key`; own arms: above vanilla."""
     share = {a: sweep.values(rows, key, arm=a) for a in [*PAPER, *(r["arm"] for r in rows)]}
-    first = {a: [to_90(r, column) or math.inf for r in rows if r["arm"] == a] for a in PAPER}
+    first = {a: [to_90(r, column) or torch.inf for r in rows if r["arm"] == a] for a in PAPER}
     above = {a: sweep.verdict(share[a], share["vanilla"]) for a in share}
     stuck = sweep.verdict([v + 0.1 for v in share["pcr"]], share["sc"], higher=False)
     best = [word for a in ("vanilla", "pcr", "sc") for word in (
@@ -182,9 +165,7 @@ def verdicts(rows, key, column):
 
 
 def claims(rows):
-    """Figure 1 by both counters and Figure 7, a claim an arm; of photographs Figure 5."""
-    if "curve" not in rows[0]:
-        return claims_photos(rows)
+    """Figure 1 by both counters and Figure 7, a claim an arm."""
     tolerant, exact, found = verdicts(rows, "correct", 1), verdicts(rows, "correct_exact", 2), []
     for arm in dict.fromkeys(r["arm"] for r in rows):
         mine = [r for r in rows if r["arm"] == arm]
@@ -193,14 +174,13 @@ def claims(rows):
         paper, words = PAPER.get(arm, (None, "above vanilla"))
         by = f" by the {mine[0].get('sc_counter', 'tolerant')} counter" * arm.startswith("sc")
         first = ", ".join(f"{t:,}" if (t := to_90(r)) else "never" for r in mine)
-        total = mine[0]["coverage_n"]
+        n, total = mine[0]["n_cover"], mine[0]["coverage_n"]
         found += [
             {"paper": "Figure 1", "what": f"images of two rectangles, {arm}{by}: {words}", "theirs":
              f"{paper:.0%}" if paper else "", "ours": f"{sweep.spread(share, 100)}, 90% at step "
              f"{first}; to the pixel {sweep.spread(to_pixel, 100)}; n={len(mine)}",
              "verdict": f"{tolerant[arm]}; to the pixel: {exact[arm]}", "front": True},
-            {"paper": "Figure 7", "what": f"training images found exactly in "
-             f"{mine[0]['n_cover']:,} samples, {arm}",
+            {"paper": "Figure 7", "what": f"training images found exactly in {n:,} samples, {arm}",
              "theirs": "most of 30" if arm in ("pcr", "sc", "sc+pcr") else "",
              "ours": f"{', '.join(map(str, hits))} of {total}; {sweep.spread(new, 100)} of correct "
              "samples are no training image", "verdict": sweep.verdict(hits, [total / 2] * 2),
@@ -213,59 +193,50 @@ def show(ax, images, title, columns=None, good=None):
     if good is not None:
         images = harness.frame(images, torch.where(good[:, None], 128, torch.tensor([230, 0, 0])))
     ax.imshow(harness.grid(images, columns), interpolation="nearest")
-    ax.set_title(title)
-    ax.axis("off")
+    ax.set(title=title, xticks=[], yticks=[], frame_on=False)
 
 
 def plot_squares(rows, cfg, folder):
     """What each arm draws, share correct over training, counts, modes -> figure."""
     arms, steps = list(dict.fromkeys(r["arm"] for r in rows)), max(r["steps"] for r in rows)
-    cured = [arm for arm in arms if arm != "vanilla"] or arms
-    fig = harness.figure(4.8 + 0.55 * len(cured))
-    top, middle, bottom = fig.subfigures(3, height_ratios=[2.1, 2.5, 0.55 * len(cured)])
+    fig = harness.figure(4.8 + 0.55 * len(arms))
+    top, middle, bottom = fig.subfigures(3, height_ratios=[2.1, 2.5, 0.55 * len(arms)])
     top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares")
     left, right = middle.subplots(1, 2, width_ratios=[1.5, 1])
-    modes = dict(zip(cured, bottom.subplots(len(cured), squeeze=False).flat))
-    for i, (arm, ax) in enumerate(zip(arms, top.subplots(1, len(arms), squeeze=False).flat)):
+    for i, (arm, ax, modes) in enumerate(zip(arms, np.atleast_1d(top.subplots(1, len(arms))),
+                                             np.atleast_1d(bottom.subplots(len(arms))))):
         mine, style = [r for r in rows if r["arm"] == arm], harness.style(arm)
         with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
-            x, pairs, good = (torch.from_numpy(saved[k]) for k in ("samples", "pairs", "good"))
+            x, pairs = (torch.from_numpy(saved[k]) for k in ("samples", "pairs"))
         share, curves = sweep.values(mine, "correct"), [list(zip(*r["curve"])) for r in mine]
-        show(ax, x, f"{arm}: {np.mean(share):.0%} have two", good=good)
+        show(ax, x, f"{arm}: {np.mean(share):.0%} have two", None,
+             geometry.has_two(x, cfg["size"] // 4))
         harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(mine)})", lw=1.6, **style)
         harness.band(left, [c[::2] for c in curves], None, lw=0.7, alpha=0.7, **style)
-        right.bar(np.arange(5) + ((i + 0.5) / len(arms) - 0.5) * 0.8,
-                  np.mean(sweep.values(mine, "hist"), 0), 0.8 / len(arms), label=arm, lw=0,
-                  color=style["color"], hatch=[None, "///", "...", "xx"][i % 4], edgecolor="white")
-        if arm in modes:
-            same = (pairs == pairs[:, :1]).flatten(2).all(2)    # training image, sample
-            show(modes[arm], pairs[:10].flatten(0, 1)[:, None], f"{arm}: training image | nearest "
-                 "of {n_cover:,} samples, red if not equal: {coverage_exact} of {coverage_n} are; "
-                 "{unseen_share:.0%} of correct samples are new".format(**mine[0]), 20,
-                 same[:10].flatten())
+        right.bar(np.arange(5) + ((i + 0.5) / len(arms) - 0.5) * 0.8, width=0.8 / len(arms),
+                  height=np.mean(sweep.values(mine, "hist"), 0), color=style["color"],
+                  hatch=[None, "///", "...", "xx"][i % 4], edgecolor="white", lw=0)
+        same = (pairs == pairs[:, :1]).flatten(2).all(2)[:10].flatten()
+        show(modes, pairs[:10].flatten(0, 1)[:, None], "{arm}: training image | nearest of "
+             "{n_cover:,} samples, red if not equal: {coverage_exact} of {coverage_n} are; "
+             "{unseen_share:.0%} of correct samples are new".format(**mine[0]), 20, same)
         if arm in PAPER:
-            left.plot(1, PAPER[arm][0], "<", color=style["color"], ms=4, alpha=0.8, clip_on=False,
-                      transform=left.get_yaxis_transform())
+            left.plot(steps, PAPER[arm][0], "<", color=style["color"], ms=5, clip_on=False)
     left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
              xlim=(0, steps), title="thick: tolerant counter, thin: to the pixel, triangles: paper")
     left.legend(loc=(0.01, 0.65), labelspacing=0.2)
-    right.set(xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"], ylabel="share of images",
-              xlabel="rectangles in an image", ylim=(0, 1.02))
-    right.legend()
+    right.set(xlabel="rectangles in an image, 4 or more as 4", ylabel="share", ylim=(0, 1.02))
     return fig
 
 
 # ----------------------------------------------------------------------------------- photographs
 
-DUPLICATE, FLAT = 0.03, 0.02   # root mean square over pixels, in parts of the range 0 to 255
-
 
 def distances(x, y):
     """L2 distances (M, N) of images (M, C, H, W) and (N, C, H, W) in [-1, 1], exact also where
     small, in parts of the largest there can be. DIF is the least one to a training image."""
-    # UNSPECIFIED: the normalisation of DIF. In parts of the largest distance of any two images,
-    # 0.1 is an error of 26 grey levels: a blurred copy's, not an unseen photograph's. In parts of
-    # the mean or largest distance of training images hardly a blurred copy is under 0.1.
+    # UNSPECIFIED: the normalisation of DIF. By the largest possible distance 0.1 is 26 grey
+    # levels, a blurred copy's error; by one of training images hardly a blurred copy is under 0.1.
     apart = torch.cdist(x.flatten(1), y.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     return apart / (2 * x[0].numel() ** 0.5)
 
@@ -289,27 +260,23 @@ def corrected(t, x_fake, gen=None):
 PHOTO_ARMS = {  # `random` is a control: as many fakes are replaced, but any
     "vanilla": core.d_loss,
     "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, corrected(t, x_fake)),
-    "random": lambda t, x_real, x_fake: core.d_loss(t, x_real, corrected(t, x_fake, t.gen)),
-}
+    "random": lambda t, x_real, x_fake: core.d_loss(t, x_real, corrected(t, x_fake, t.gen))}
 
 
 def measure(x, images, threshold):
-    """What samples owe to the training images; both uint8 (., C, H, W).
-
-    dif: mean DIF. copies: share of samples under the threshold. recall: share of training images
-    that are nearest to a copy (32 are too few for balls in feature space). collapsed: samples
-    nearly constant (FLAT) or nearly another sample (DUPLICATE), copies left out, lest memorising
-    count as collapse. noisy: share of samples rougher than every training image.
-    """
+    """What samples owe to the training images, both uint8 (., C, H, W): mean DIF; share of copies,
+    under the threshold; recall, share of training images nearest to a copy (32 are too few for
+    balls in feature space); how many are collapsed, no copies but flat or nearly another sample;
+    share of noisy ones, rougher than every training image."""
     x, images = core.to_float(x), core.to_float(images.to(x.device))
     d, nearest = distances(x, images).min(1)
     copy, apart = d < threshold, distances(x, x) + torch.eye(len(x), device=x.device)
-    flat = (x - x.mean((2, 3), keepdim=True)).square().flatten(1).mean(1).sqrt() / 2 < FLAT
+    flat = (x - x.mean((2, 3), keepdim=True)).square().flatten(1).mean(1).sqrt() / 2 < 0.02
     rough, known = (v.diff(dim=2).abs().mean((1, 2, 3)) + v.diff(dim=3).abs().mean((1, 2, 3))
                     for v in (x, images))
     return {"dif": d.mean().item(), "copies": copy.float().mean().item(),
             "recall": len(nearest[copy].unique()) / len(images),
-            "collapsed": int(((flat | (apart.amin(1) < DUPLICATE)) & ~copy).sum()),
+            "collapsed": int(((flat | (apart.amin(1) < 0.03)) & ~copy).sum()),
             "noisy": (rough > known.max()).float().mean().item(), "n": len(x)}
 
 
@@ -331,7 +298,6 @@ def prepare(cfg):
         own, other = (fid.frechet_distance(v.mean, v.cov, stats.mean, stats.cov) for v in ends)
         return {"distance": own, "distance_heldout": other, "n_fid": stats.n,
                 **measure(x[:cfg.n_dif], images, cfg.sc_threshold)}
-
     return images, held[1::2], score, {"metric": net.label, "features": net.id, "dims": cfg.dims,
                                        "dataset": cfg.dataset, "n_train": cfg.n_train}
 
@@ -366,68 +332,44 @@ def run_photos(cfg, folder):
 def claims_photos(rows):
     """Figure 5 at the end of training: distance and DIF, beside vanilla and the control."""
     rows = [r for r in rows if "seed" in r]
-    last, arms, found = rows[-1], list(dict.fromkeys(r["arm"] for r in rows)), []
+    last, name, found = rows[-1], Path(rows[-1]["dataset"]).stem, []
     for key, what in (("distance", last["metric"]), ("dif", "DIF")):
-        ends = {arm: sweep.values(rows, key, arm=arm, step=last["step"]) for arm in arms}
-        name, n = Path(last["dataset"]).stem, len(ends[arms[0]])
+        ends = {r["arm"]: sweep.values(rows, key, arm=r["arm"], step=last["step"]) for r in rows}
         found.append({
             "paper": "Figure 5", "what": f"{name}, {last['n_train']} images: sc lowers the {what} "
-            f"of {', '.join(arms)}", "theirs": "by a large margin",
-            "verdict": sweep.beside(ends, "sc"),
-            "ours": ", ".join(map(sweep.spread, ends.values())) + f"; n={n}",
-            "front": key == "distance" and name == "celeba"})
+            f"of {', '.join(ends)}", "theirs": "by a large margin",
+            "verdict": sweep.beside(ends, "sc"), "front": (key, name) == ("distance", "celeba"),
+            "ours": f"{', '.join(map(sweep.spread, ends.values()))}; n={len(ends[last['arm']])}"})
     return found
-
-
-PANELS = [  # of Figure 5: entries of a row as thick and thin lines, title, label
-    ("distance", "distance_heldout", "thick: to the {n_train} training images\nthin: to held-out "
-     "images", "{metric}, {n_fid} samples"),
-    ("dif", None, "DIF (SC replaces fakes under {sc_threshold:g})", "mean DIF, {n} samples"),
-    ("copies", "recall", "thick: samples that copy a training image\nthin: training images that "
-     "are copied", "share"),
-    ("collapsed", "noisy", "thick: collapsed samples, of {n}\nthin: share of samples rougher than "
-     "any training image", "share")]
 
 
 def plot_photos(rows, cfg, folder):
     """Samples of each arm above their nearest training images, and the curves -> figure."""
-    fixed = {r["arm"]: r for r in rows if "seed" not in r}
-    rows = [r | {"collapsed": r["collapsed"] / r["n"]} for r in rows if "seed" in r]
-    arms, first = list(dict.fromkeys(r["arm"] for r in rows)), rows[0] | cfg
-    fig = harness.figure(7.6)
-    top, bottom = fig.subfigures(2, height_ratios=[1, 2.2])
-    top.suptitle("Samples, and under each the training image nearest to it")
-    for arm, ax in zip(arms, top.subplots(1, len(arms), squeeze=False).flat):
+    fixed = [f"{r['arm']} {r['distance']:.3g}, {r['dif']:.2f}" for r in rows if "seed" not in r]
+    rows = [r for r in rows if "seed" in r]
+    arms, first = list(dict.fromkeys(r["arm"] for r in rows)), rows[0]
+    panels = {("distance", "distance_heldout"):
+              f"{first['metric']} to the training images\n(thin: to held-out images)",
+              ("dif",): f"mean DIF\n(SC replaces fakes under {cfg['sc_threshold']:g})",
+              ("copies", "recall"): "share of samples that are copies\n(thin: of images copied)"}
+    fig = harness.figure(4.6)
+    top, bottom = fig.subfigures(2, height_ratios=[1, 1.5])
+    top.suptitle(f"Batches of {cfg['batch']}: samples, under each its nearest training image")
+    for arm, ax in zip(arms, np.atleast_1d(top.subplots(1, len(arms)))):
         with np.load(folder / f"{arm}-s{first['seed']}" / "samples.npz") as saved:
             pairs = torch.stack([torch.from_numpy(saved[k]) for k in ("samples", "nearest")])
         show(ax, pairs.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2), arm, columns=8)
-    for ax, (thick, thin, title, label) in zip(bottom.subplots(2, 2).flat, PANELS):
+    for ax, (keys, label) in zip(bottom.subplots(1, len(panels)), panels.items()):
         for arm in arms:
-            for key, width in ((thick, 1.6), (thin, 0.7)) if thin else ((thick, 1.6),):
+            for key, width in zip(keys, (1.6, 0.7)):
                 runs = [[sweep.values(rows, k, arm=arm, seed=seed) for k in ("step", key)]
                         for seed in cfg["seeds"]]
-                harness.band(ax, runs, f"{arm} (n={len(runs)})" if key == thick else None,
-                             lw=width, **harness.style(arm))
-        for name, row in fixed.items() if thick in ("distance", "dif") else ():
-            ax.axhline(row[thick], color="0.5", lw=0.7, ls=(0, (1, 2)))
-            side = {"plain grey": "top", "unseen photographs": "bottom"}.get(name, "center")
-            ax.annotate(f" {name}", (1, row[thick]), xycoords=("axes fraction", "data"), va=side)
-        ax.set(xlabel="updates of G", xlim=(0, None), title=title.format(**first),
-               ylabel=label.format(**first), **{"yscale": "log"} if thick == "distance" else
-               {"ylim": (-0.02, 1.02 if label == "share" else None)})
+                harness.band(ax, runs, arm if width > 1 else None, lw=width, **harness.style(arm))
+        ax.set(xlabel="updates of G", ylabel=label, xlim=(0, None), ylim=(0, None))
     ax.legend()
-    copyist, unseen = fixed["copyist"], fixed["unseen photographs"]
-    fig.suptitle(
-        f"{Path(first['dataset']).stem}, batches of {cfg['batch']}. Paper, Figure 5: with SC \"FID "
-        "and DIF scores are both better during training\".\nBoth reward memorising: a perfect "
-        f"copyist has {first['metric']} {copyist['distance']:.2g} and DIF 0, unseen photographs "
-        f"{unseen['distance']:.2g} and {unseen['dif']:.2f}.\nPlain grey has a DIF of "
-        f"{fixed['plain grey']['dif']:.2f}. " + "Few images make distances too large: compare arms "
-        "only." * bool(fid.rank_note(min(first["n_train"], first["n_fid"]), first["dims"])))
+    fig.suptitle(f"{Path(first['dataset']).stem}, n={len(cfg['seeds'])}. {first['metric']} and DIF "
+                 f"reward memorising; of what no GAN drew:\n{'; '.join(fixed)}")
     return fig
-
-
-# ----------------------------------------------------------------------------------- the command
 
 
 def plot(folder):
@@ -438,14 +380,10 @@ def plot(folder):
     return result
 
 
-def flags():
+def main(argv=None):
     p = sweep.parser(__doc__, PRESETS, OWN, ARMS | PHOTO_ARMS)
     p.set_defaults(dataset="geometry", data_dir=data.DATA_DIR)
-    return p
-
-
-def main(argv=None):
-    args = sweep.parse(flags(), __file__, argv)
+    args = sweep.parse(p, __file__, argv)
     if args.plot:
         return plot(args.plot)
     if args.sample:
@@ -455,8 +393,8 @@ def main(argv=None):
                                   (PHOTOS, PHOTO_ARMS, OF_SQUARES, run_photos))
     args.arms = args.arms or list(arms)
     wrong = [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]
-    if wrong := wrong + [f"--arms {arm}" for arm in args.arms if arm not in arms]:
-        raise core.UserError(f"{wrong[0]}: not with --dataset {args.dataset}, whose arms are "
+    for flag in wrong + [f"--arms {arm}" for arm in args.arms if arm not in arms]:
+        raise core.UserError(f"{flag}: not with --dataset {args.dataset}, whose arms are "
                              f"{', '.join(arms)}")
     cfg = sweep.resolve(args, OWN, COMMON, {"size": data.SIZES.get(args.dataset, 64)},
                         presets["paper"], presets[args.preset], channels=1 if squares else 3)
@@ -465,11 +403,10 @@ def main(argv=None):
     if sweep.announce(runs, args.dry_run):
         return {}
     if not sweep.worker():      # what is missing or wrong shows here, before any file
-        images, *_ = training_set(cfg) if squares else prepare(cfg)
-        core.check_batch(cfg, len(images))
+        core.check_batch(cfg, len((training_set if squares else prepare)(cfg)[0]))
     folder, rows = sweep.train_all(args, f"{Path(args.dataset).stem}-{args.preset}", runs, run)
     rows = rows if squares else references(cfg) + rows
-    sweep.write_result(args, folder, runs, rows, claims(rows))
+    sweep.write_result(args, folder, runs, rows, (claims if squares else claims_photos)(rows))
     return plot(folder)
 
 
