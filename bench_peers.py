@@ -1,8 +1,8 @@
 """The tools that `bench.py --peers` times beside this one, each called as its users call it.
 
 A builder imports its tool and returns the function to time, None if the tool cannot do that. They
-want torchvision; where pip has no CPU build of it, `pip install --no-deps torchvision` gives the
-network definitions, which is all that is timed. Weights are handed over, never downloaded.
+want torchvision, of which only network definitions are timed; docs/speed.md says what to do where
+pip has no CPU build of it. Weights are handed over, never downloaded.
 """
 import copy
 from functools import partial
