@@ -5,12 +5,14 @@ Images are uint8 in [0, 255] where they are stored and float32 in [-1, 1] where 
 them. `step` counts updates of G, `d_steps` updates of D. A function of the trainer takes it as
 `t` and may use `t.G`, `t.D`, `t.cfg`, `t.gen` (its random stream), `t.latent(n)`, `t.fake()`.
 """
+import contextlib
 import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 
@@ -49,7 +51,7 @@ class LeakyReLU(nn.Module):
     """
 
     def forward(self, x):
-        return x * torch.where(x > 0, 1.0, 0.2)
+        return x * (x > 0).to(x.dtype).clamp(0.2)
 
 
 class Attention(nn.Module):
@@ -270,6 +272,31 @@ def generate(G, z, batch=256):
         yield to_uint8(x) if x.dim() == 4 else x
 
 
+def draw_index(n, batch, gen, device):
+    """`batch` different whole numbers below n, in random order: int64 (batch,).
+
+    Twice as many and 32 more are drawn, and repeats left out: no work that grows with n, no number
+    read back. From n = 8 batches on, too few are left less than once in 1e30 times.
+    """
+    if n < 8 * batch:
+        return torch.rand(n, generator=gen, device=device).topk(batch).indices
+    index = torch.randint(n, (2 * batch + 32,), generator=gen, device=device)
+    value, order = index.sort(stable=True)
+    again = torch.zeros_like(index).scatter(0, order[1:], (value[1:] == value[:-1]).long())
+    return index[again.argsort(stable=True)[:batch]]
+
+
+def in_bf16(net):
+    """Let the passes of `net` in training mode run in bfloat16 and return float32. In evaluation
+    mode, in which images are drawn and scored, nothing changes. Its weights stay float32."""
+    forward = net.forward
+
+    def cast(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=net.training):
+            return forward(x).float()
+    net.forward = cast
+
+
 def check_batch(cfg, n):
     """UserError if a batch needs more than the n training images there are."""
     if cfg.batch > n:
@@ -301,6 +328,11 @@ class Trainer:
         self.d_loss, self.g_loss, self.prior = d_loss, g_loss, prior
         self.G, self.D = (net.to(self.device, memory_format=torch.channels_last) for net in (G, D))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False) if cfg.ema_beta else None
+        if getattr(cfg, "precision", "fp32") == "bf16":     # the copy first: it has its own passes
+            for net in filter(None, (self.G, self.D, self.G_ema)):
+                in_bf16(net)
+        self.spectral = [m for net in (self.G, self.D) for m in net.modules()
+                         if parametrize.is_parametrized(m)]
         self.opt_g, self.opt_d = (optimizer(net.parameters(), lr, (cfg.beta1, cfg.beta2))
                                   for net, lr in ((self.G, cfg.lr_g), (self.D, cfg.lr_d)))
         self.extra = {name: net for name, (net, _) in (extra or {}).items()}
@@ -324,8 +356,8 @@ class Trainer:
         """A batch of training images."""
         # UNSPECIFIED: how batches are drawn. Without replacement within a batch (so that PCR never
         # pairs an image with itself), afresh for each batch.
-        keys = torch.rand(len(self.data), generator=self.gen, device=self.device)
-        return self.images(keys.topk(self.cfg.batch).indices)
+        return self.images(draw_index(
+            len(self.data), self.cfg.batch, self.gen, self.device))
 
     def latent(self, n):
         """n latents of the prior, from the trainer's own random stream."""
@@ -354,9 +386,22 @@ class Trainer:
         """n images to look at, for the same latents every time."""
         return torch.cat(list(generate(self.G, self.latents(n, seed=1))))
 
+    @contextlib.contextmanager
+    def normalised(self):
+        """Within it, spectral norm normalises every weight once, in float32, for all calls.
+
+        UNSPECIFIED: how often the power iteration runs. Once an update, as in Miyato et al.
+        (2018), algorithm 1, so that D judges reals, fakes and combinations by the same weights.
+        """
+        with parametrize.cached() if self.spectral else contextlib.nullcontext():
+            for layer in self.spectral:
+                _ = layer.weight    # now, with a graph: a first call may be without one
+            yield
+
     def d_update(self):
         """One update of D -> what is logged, {name: 0-d tensor}."""
-        loss, logs = self.d_loss(self, self.real(), self.fake())
+        with self.normalised():
+            loss, logs = self.d_loss(self, self.real(), self.fake())
         self.opt_d.zero_grad()
         loss.backward()
         self.opt_d.step()
@@ -364,7 +409,8 @@ class Trainer:
 
     def g_update(self):
         """One update of G, its average and the extra networks -> what is logged."""
-        loss, logs = self.g_loss(self)
+        with self.normalised():
+            loss, logs = self.g_loss(self)
         opts = [self.opt_g, *self.opts[2:]]
         for opt in opts:
             opt.zero_grad()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import geometry
 from core import UserError, generator
 from harness import atomic
+from sweep import lock
 
 DATA_DIR = Path(os.environ.get("GAN_DATA", "data"))
 NAMES = ("cifar10", "celeba", "imagenet", "geometry")
@@ -251,21 +252,24 @@ def from_files(path, size, data_dir, split, crop):
     recipe = repr(("v1", str(path.resolve()), size, crop, files))
     cache = data_dir / "cache" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
     shape = (len(files), 3, size, size)
-    with contextlib.suppress(Exception):   # without a cache, or with a damaged one: decode anew
-        images = np.load(cache, allow_pickle=False)
-        if images.shape == shape and images.dtype == np.uint8:
-            return torch.from_numpy(images)
-    if hasattr(os, "sysconf"):   # Linux grants more memory than there is, and kills later
-        need, memory = math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if need > memory:
-            raise UserError(f"--size {size}: {len(files)} images need {need} of {memory} bytes")
-    images, decoded = np.empty(shape, np.uint8), iter_images(path, [name for name, *_ in files])
-    for i, (_, image) in enumerate(tqdm(decoded, f"decoding {path.name}", len(files),
-                                        disable=None, leave=False)):
-        images[i] = square(image, size, crop)
-    try:
-        with atomic(cache) as tmp:
-            np.save(tmp, images)
-    except OSError as error:
-        print(f"no cache kept: {error}")
+    with lock(cache.with_suffix(".lock"), "wait"):  # of several processes one decodes
+        with contextlib.suppress(Exception):   # without a cache, or with a damaged one: decode anew
+            images = np.load(cache, allow_pickle=False)
+            if images.shape == shape and images.dtype == np.uint8:
+                return torch.from_numpy(images)
+        if hasattr(os, "sysconf"):   # Linux grants more memory than there is, and kills later
+            need = math.prod(shape)
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if need > memory:
+                raise UserError(f"--size {size}: {len(files)} images need {need} of {memory} bytes")
+        images = np.empty(shape, np.uint8)
+        for i, (_, image) in enumerate(tqdm(
+                iter_images(path, [name for name, *_ in files]), f"decoding {path.name}",
+                len(files), disable=None, leave=False)):
+            images[i] = square(image, size, crop)
+        try:
+            with atomic(cache) as tmp:
+                np.save(tmp, images)
+        except OSError as error:
+            print(f"no cache kept: {error}")
     return torch.from_numpy(images)

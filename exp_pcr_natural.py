@@ -306,7 +306,7 @@ def main(argv=None):
     runs = [Namespace(**vars(cfg), arm=arm, seed=seed, run=run_name(
         {"dataset": cfg.dataset, "model": cfg.model, "arm": arm, "seed": seed}))
             for cfg in cells for seed in cfg.seeds for arm in cfg.arms]
-    if sweep.announce(runs, args.dry_run):
+    if sweep.announce(runs, args.dry_run, run):
         return {}
     sweep.worker() or check(cells)
     name = f"{Path(args.dataset).stem}-{args.model}-{args.preset}"

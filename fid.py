@@ -2,7 +2,7 @@
 
 `python fid.py generated/ cifar10 --kid` compares a folder of images with a data set; also a .zip, a
 uint8 .npy, a .npz of statistics as `--save-stats` and pytorch-fid write them. Only the published
-weights at 2048 dimensions give a `FID`; other scores carry other names.
+weights at 2048 dimensions in float32 give a `FID`; other scores carry other names.
 """
 import argparse
 import contextlib
@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 from core import UserError, generator
 from harness import atomic, cli, pick_device
+from sweep import lock, note_bf16
 
 DEPTH = {64: 4, 192: 7, 768: 15, 2048: 18}   # how many layers have so many features
 DIMS, BATCH = tuple(DEPTH), 50
@@ -107,6 +108,7 @@ class Inception(nn.Sequential):
     its last block pools by maximum. uint8 (B, 1 or 3, H, W) of any size -> float32 (B, dims)."""
 
     device = property(lambda self: next(self.parameters()).device)
+    dtype = property(lambda self: next(self.parameters()).dtype)
 
     def __init__(self, dims=2048):
         super().__init__()
@@ -119,20 +121,22 @@ class Inception(nn.Sequential):
             width = getattr(layer, "width", width)
             self.add_module(name, layer)
 
-    def identify(self, sha256):
+    def identify(self, sha256, precision="fp32"):
         """Set what depends on the weights; `id` tells apart any two nets whose features differ."""
-        self.weights_sha256, self.standard = sha256, (self.dims, sha256) == (2048, PUBLISHED[1])
+        self.weights_sha256 = sha256
+        self.standard = (self.dims, sha256, precision) == (2048, PUBLISHED[1], "fp32")
         self.label = f"FD-{self.dims}" if self.dims < 2048 else "FID" if self.standard else "FID*"
-        self.id = f"inception-2015-{self.dims}-pytorch-fid-{sha256[:16]}"
+        self.id = (f"inception-2015-{self.dims}-pytorch-fid-{sha256[:16]}"
+                   + "-bf16" * (precision == "bf16"))
 
     @torch.no_grad()
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 (B, 1 or 3, H, W), not {x.dtype} {x.shape}")
         x = resized(x).expand(-1, 3, -1, -1)
-        x = x.contiguous(memory_format=torch.channels_last)   # 1.7 times faster on a CPU
+        x = x.to(self.dtype, memory_format=torch.channels_last)     # 1.7 times faster on a CPU
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # on any device the same
-            return super().forward(x).mean((2, 3))
+            return super().forward(x).float().mean((2, 3))
 
 
 class Pixels(nn.Module):
@@ -149,10 +153,12 @@ class Pixels(nn.Module):
         return F.adaptive_avg_pool2d(x.float() / 255, size).flatten(1)
 
 
-def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"):
-    """The frozen network in eval mode, its batch norms folded into the convolutions. Draws no
-    random number. Weights: a file, else $FID_WEIGHTS, else a .pth in data_dir/inception, first the
-    published one, which is downloaded if there is none. UserError for a file without weights."""
+def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu",
+                   precision="fp32"):
+    """The frozen network in eval mode, its batch norms folded into the convolutions, in float32 or
+    (`bf16`) bfloat16. Draws no random number. Weights: a file, else $FID_WEIGHTS, else a .pth in
+    data_dir/inception, first the published one, which is downloaded if there is none. UserError for
+    a file without weights."""
     with torch.device("meta"):
         net = Inception(dims).eval()
     published = Path(data_dir, "inception", PUBLISHED[0].rpartition("/")[2])
@@ -164,7 +170,7 @@ def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"
     if not path.is_file() or path.stat().st_size > 2 ** 30:
         raise UserError(f"{path}: no such file of at most 1 GiB (--weights or FID_WEIGHTS)")
     net.identify(data.verify_checksum(
-        path, path, sha256=PUBLISHED[1] if path.name == published.name else ""))
+        path, path, sha256=PUBLISHED[1] if path.name == published.name else ""), precision)
     state = None
     with contextlib.suppress(Exception):   # a damaged or foreign file can fail in any way
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -184,29 +190,31 @@ def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
             if not all(v.isfinite().all() for v in layer.parameters()):
                 raise UserError(f"{path}: {name}, its batch norm folded in, is not finite")
-    return net.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return net.requires_grad_(False).to(
+        device, torch.bfloat16 if precision == "bf16" else torch.float32,
+        memory_format=torch.channels_last)
 
 
 class Statistics:
-    """Mean and covariance (divided by n - 1) of features that come in batches, in float64, O(F^2).
-    Sums are about the first batch's mean, so that equal features have covariance 0."""
+    """Mean and covariance (divided by n - 1) of features that come in batches, in float64, O(F^2),
+    on their device. Sums are about the first batch's mean: equal features have covariance 0."""
 
-    def __init__(self, dims):
-        self.n, self.shift = 0, None
-        self.sum, self.outer = torch.zeros(dims).double(), torch.zeros(dims, dims).double()
+    def __init__(self):
+        self.n = 0
 
     @classmethod
     def of(cls, mean, cov, n):
-        self = cls(len(mean))
-        self.n, self.shift = n, torch.as_tensor(mean)
-        self.outer += torch.as_tensor(cov) * (n - 1)
+        self = cls()
+        self.n, self.shift, self.sum, self.outer = n, mean, torch.zeros_like(mean), cov * (n - 1)
         return self
 
     def add(self, features):
         """Count in features (B, F). Raises UserError if one of them is not finite."""
-        x = features.detach().cpu().double()
+        x = features.detach().double()
         check_finite(f"features of images {self.n} to {self.n + len(x) - 1}", x)
-        self.shift = x.mean(0) if self.shift is None else self.shift
+        if not self.n:
+            self.shift, dims = x.mean(0), x.shape[1]
+            self.sum, self.outer = x.new_zeros(dims), x.new_zeros(dims, dims)
         x = x - self.shift
         self.sum += x.sum(0)
         self.outer += x.T @ x
@@ -232,7 +240,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     The trace of the root is the sum of the roots of the eigenvalues of S1^1/2 S2 S1^1/2: real by
     construction, also for singular covariances. Directions in which S1 is zero to rounding (by
     numpy's matrix_rank rule) are left out; their noise would add up."""
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(v).cpu().double() for v in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(v).double() for v in (mu1, cov1, mu2, cov2))
     check_finite("means and covariances", mu1, cov1, mu2, cov2)
     values, vectors = torch.linalg.eigh(cov1)
     keep = values > values[-1].abs() * len(values) * torch.finfo(torch.float64).eps
@@ -251,11 +259,12 @@ def kid(fa, fb, subsets=100, subset_size=1000, seed=0):
     check_finite("features for KID", fa, fb)
     m, values, gen = min(subset_size, max(min(len(fa), len(fb)) // 2, 2)), [], generator(seed)
     for _ in range(subsets):
-        x, y = (f[torch.randperm(len(f), generator=gen)[:m]].float() for f in (fa, fb))
+        x, y = (f[torch.randperm(len(f), generator=gen)[:m].to(f.device)].float() for f in (fa, fb))
         xx, yy, xy = ((a @ b.T / len(b.T) + 1).double() ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        values.append((within / (m * (m - 1)) - 2 * xy.mean()).item())
-    return float(np.mean(values)), float(np.std(values))
+        values.append(within / (m * (m - 1)) - 2 * xy.mean())
+    values = torch.stack(values)
+    return values.mean().item(), values.std(correction=0).item()
 
 
 def precision_recall(fa_real, fb_fake, k=3, block=1000):
@@ -284,29 +293,33 @@ def rank_note(n, dims):
 
 def features(net, batches, device=None, keep=False):
     """Statistics of uint8 batches (B, C, H, W), each moved to `device`, and, if `keep`, all their
-    features as float32 (N, F) on the CPU, else None."""
+    features as float32 (N, F), else None."""
     stats, kept = None, []
     for batch in tqdm(batches, desc="features", unit="batch", disable=None, delay=5, leave=False):
         out = net(batch.to(device or net.device or batch.device))
-        stats = stats or Statistics(out.shape[1])
+        stats = stats or Statistics()
         stats.add(out)
-        kept += [out.float().cpu()] if keep else []
+        kept += [out] if keep else []
     if stats is None:
         raise UserError("no images to take features of")
     return stats, torch.cat(kept) if keep else None
 
 
-def reference(net, images, cache_dir):
+def reference(net, images, cache_dir, device="cpu"):
     """Statistics and features (N, F) of images, uint8 (N, C, H, W), kept in a file of `cache_dir`
-    that a hash of the images and of the network's `id` names, so that it cannot go stale."""
+    that a hash of the images and of the network's `id` names, so that it cannot go stale. Of
+    several processes one computes it, and the others wait."""
     key = hashlib.sha256(f"{net.id} {tuple(images.shape)}".encode())
     key.update(images.cpu().contiguous().numpy())
     path = Path(cache_dir) / f"features-{key.hexdigest()[:32]}.npz"
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
-        return Statistics.of(f["mu"], f["sigma"], len(images)), torch.from_numpy(f["features"])
-    stats, feats = features(net, images.split(BATCH), keep=True)
-    with contextlib.suppress(OSError), atomic(path) as tmp:   # a read-only folder: no cache
-        np.savez(tmp, features=feats, mu=stats.mean, sigma=stats.cov)
+    with lock(path.with_suffix(".lock"), "wait"):
+        with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
+            mean, cov, feats = (torch.from_numpy(f[k]).to(device)
+                                for k in ("mu", "sigma", "features"))
+            return Statistics.of(mean, cov, len(images)), feats
+        stats, feats = features(net, images.split(BATCH), device, keep=True)
+        with contextlib.suppress(OSError), atomic(path) as tmp:   # a read-only folder: no cache
+            np.savez(tmp, features=feats.cpu(), mu=stats.mean.cpu(), sigma=stats.cov.cpu())
     return stats, feats
 
 
@@ -329,10 +342,11 @@ def scorer(cfg, images, dims):
     same cfg.n_real (None: all) of `images`, uint8 (N, C, H, W). UserError if there are too few."""
     if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
         raise UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
+    device = pick_device(cfg.device)
     net = Pixels() if cfg.dataset == "geometry" else load_inception(
-        dims, cfg.fid_weights, cfg.data_dir, device=pick_device(cfg.device))
+        dims, cfg.fid_weights, cfg.data_dir, device, cfg.precision)
     order = torch.randperm(len(images), generator=generator(0))[:cfg.n_real]
-    stats, feats = reference(net, images[order], cfg.data_dir / "cache")
+    stats, feats = reference(net, images[order], cfg.data_dir / "cache", device)
 
     def score_trainer(trainer):
         return {key + suffix: value for suffix, batches in trainer.fakes(cfg.n_fid).items()
@@ -376,12 +390,15 @@ def compare(args):
     if not (1 <= args.batch <= 1000 and 2 <= args.n <= 10 ** 12):
         raise UserError(f"--batch {args.batch} must be from 1 to 1000, --n {args.n} at least 2 "
                         "(at most 10^12)")
-    net = None if len(saved) == len(sides) else load_inception(   # nothing to run on two files
-        args.dims, args.weights, args.data_dir, pick_device(args.device))
+    device, net = pick_device(args.device), None
+    if len(saved) < len(sides):     # nothing to run on two files
+        note_bf16(args.precision, device)
+        net = load_inception(args.dims, args.weights, args.data_dir, device, args.precision)
 
     def measure(side):
         if side in saved:
-            return *load_stats(side), None
+            mean, cov, *known = load_stats(side)
+            return *(torch.from_numpy(v).to(device) for v in (mean, cov)), *known, None
         stats, feats = features(net, data.batches(
             side, args.batch, args.n, args.size, args.data_dir, args.split), keep=deep)
         return stats.mean, stats.cov, stats.n, net.id, feats
@@ -396,7 +413,7 @@ def compare(args):
     precision, recall = precision_recall(*feats) if args.prc else (None, None)
     if out:
         with atomic(out) as tmp:
-            np.savez(tmp, mu=means[0], sigma=covs[0], n=counts[0], id=net.id)
+            np.savez(tmp, mu=means[0].cpu(), sigma=covs[0].cpu(), n=counts[0], id=net.id)
     return {"metric": net.label if net else f"FD-{dims}",
             "distance": frechet_distance(means[0], covs[0], means[1], covs[1]) if args.b else None,
             "kid": kid_mean, "kid_std": kid_std, "precision": precision, "recall": recall,
@@ -421,6 +438,8 @@ def main(argv=None):
     add("--size", type=int, help="pixels of a data set's images; default the set's own")
     add("--batch", type=int, default=BATCH, help=f"images; default {BATCH}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="of the network; default fp32")
     add("--save-stats", type=Path, metavar="F.npz", help="write mu, sigma and n of A")
     args = parser.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):   # the result alone goes to stdout

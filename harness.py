@@ -43,6 +43,16 @@ def cli(main):
         sys.exit(130)
 
 
+UNUSABLE = {    # what PyTorch says of a GPU -> what it means
+    "compiled with CUDA": "this PyTorch is built without CUDA",
+    "no NVIDIA driver": "this machine has no NVIDIA driver",
+    "driver on your system is too old": "the NVIDIA driver is too old for this PyTorch",
+    "invalid device ordinal": "there is no GPU of that number",
+    "out of memory": "its memory is full",
+    "busy or unavailable": "another process has it to itself (exclusive mode)",
+}
+
+
 def pick_device(name):
     """torch.device from `auto`, `cpu`, `cuda`, `cuda:1`; UserError says why it cannot be used.
 
@@ -56,7 +66,8 @@ def pick_device(name):
             device = torch.device("cuda", local % max(torch.cuda.device_count(), 1))
         torch.zeros(1, device=device).item()  # `meta` has no numbers
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = next((why for said, why in UNUSABLE.items() if said in str(error)),
+                      (str(error) or type(error).__name__).splitlines()[0])
         raise UserError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return device
 
@@ -148,6 +159,7 @@ def differences(old, new):
 
     What only one of them knows does not count: flags come and go between versions.
     """
+    old = {"precision": "fp32"} | old
     return "; ".join(f"{k} was {old[k]}, is {v}" for k, v in sorted(to_jsonable(new).items())
                      if k not in FREE_TO_CHANGE and k in old and old[k] != v)
 
@@ -242,6 +254,10 @@ def open_run(trainer, folder, protocol):
     return rows, window
 
 
+class DryRun(Exception):
+    """What `fit` raises in a dry run, with the trainer and how it is scored."""
+
+
 def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_step=False):
     """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
 
@@ -252,6 +268,9 @@ def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_ste
     the first number that is not finite. A first Ctrl-C or SIGTERM finishes the update, saves, and
     exits 130 or 143.
     """
+    if getattr(trainer.cfg, "dry", False):
+        raise DryRun(trainer, evaluate)
+    torch.backends.cudnn.benchmark = True               # shapes do not change
     cfg, (rows, window) = trainer.cfg, open_run(trainer, folder, protocol or {})
     scores = {k: v for r in rows if best in r for k, v in r.items()}
     lowest = min((r[best] for r in rows if best in r), default=math.inf)

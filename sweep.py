@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ FLAGS = {
     "base": (int, 1, 2048, "pixels of the coarsest level of the networks"),
     "norm_d": (("none", "batch", "layer"), "normalisation in D"),
     "init_d": (("dcgan", "he"), "first weights of D"),
+    "precision": (("fp32", "bf16"), "of the passes of G, D and the scoring network (fp32)"),
     "ema_beta": (float, 0, 0.999999, "decay of the averaged G, 0 for none"),
     "flip": (bool, "random mirror images"),
     "checks": (int, 1, 10 ** 12, "how many scores, grids and checkpoints a run has"),
@@ -88,9 +90,9 @@ def parser(doc, presets, own, arms=None, training=FLAGS):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--outdir", type=Path, default=Path("runs"), help="parent of all run folders")
     add("--name", help="run folder; default: dataset, model and preset")
-    add("--jobs", type=int, help="runs side by side; default one, on a CPU one a core")
+    add("--jobs", type=int, help="runs side by side; default: one a core, on a GPU at most 4")
     add("--resume", action="store_true", help="go on in an existing run folder")
-    add("--dry-run", action="store_true", help="print the configuration and stop")
+    add("--dry-run", action="store_true", help="print the configuration and its cost, and stop")
     add("--plot", type=Path, metavar="RUN", help="redraw RUN/figure.png and stop")
     if training:
         add_flags(p.add_argument_group("training (default: the preset's value)"), training)
@@ -125,7 +127,7 @@ def resolve(args, own, *presets, **fixed):
     given = {k: v for k, v in cfg.items() if v is not None}
     if {"steps", "d_steps"} <= given.keys():
         raise UserError("--steps and --d-steps: give one of them, n_dis gives the other")
-    for layer in (*presets, given, fixed):
+    for layer in ({"precision": "fp32"}, *presets, given, fixed):
         if unknown := layer.keys() - cfg.keys() - fixed.keys():
             raise UserError(f"a preset sets {', '.join(sorted(unknown))}: no flag of that name")
         if {"steps", "d_steps"} & layer.keys():  # the later word on the length counts
@@ -142,6 +144,7 @@ def resolve(args, own, *presets, **fixed):
         raise UserError(f"--d-steps {cfg['d_steps']}: less than one round of {cfg['n_dis']} n_dis")
     cfg["steps"] = cfg["steps"] or cfg["d_steps"] // cfg["n_dis"]
     cfg["d_steps"] = cfg["steps"] * cfg["n_dis"]
+    cfg["jobs"] = cfg["jobs"] or side_by_side(harness.pick_device(cfg["device"]))
     cfg["log_every"] = min(cfg["log_every"], cfg["steps"])
     cfg["eval_every"] = cfg["eval_every"] or max(cfg["steps"] // cfg["checks"], 1)
     cfg = argparse.Namespace(**cfg)
@@ -153,14 +156,69 @@ def resolve(args, own, *presets, **fixed):
     return cfg
 
 
-def announce(runs, dry_run):
-    """Print the first configuration, of the others what is different; returns dry_run."""
+def side_by_side(device):
+    """How many runs train at once if nobody says: on a CPU one a core; on a GPU at most 4, each
+    with a core and 4 GiB of free memory; one where torchrun or Slurm starts the processes."""
+    if {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():
+        return 1
+    if device.type != "cuda":
+        return harness.cores()
+    return max(1, min(4, harness.cores(), torch.cuda.mem_get_info(device)[0] // 2 ** 32))
+
+
+def note_bf16(precision, device):
+    """Say so where bfloat16 is slower than float32, for want of instructions."""
+    with contextlib.suppress(OSError):
+        if precision == "bf16" and not (
+                "bf16" in Path("/proc/cpuinfo").read_text() if device.type == "cpu" else
+                torch.cuda.is_bf16_supported(including_emulation=False)):
+            print(f"note: {harness.chip(device)} has no instructions for bfloat16, so that "
+                  "--precision bf16 is slower here than fp32", file=sys.stderr)
+
+
+def announce(runs, dry_run, run=None):
+    """Print the first configuration, of the others what is different, and, for a dry run, what
+    it costs to `run` them; returns dry_run."""
     before = {}
     for cfg in runs if not worker() else ():
         print("  ".join(f"{k}={v}" for k, v in sorted(vars(cfg).items())
                         if v is not None and before.get(k) != v))
         before = vars(cfg)
+    if not worker():
+        note_bf16(vars(runs[0]).get("precision"), harness.pick_device(runs[0].device))
+    if dry_run and run:
+        print_cost(runs, run)
     return dry_run
+
+
+def print_cost(runs, run):
+    """Time an update and a score of a few images of each kind of run -> hours for all of them."""
+    measured, total, jobs = {}, 0, min(runs[0].jobs, len(runs))
+    torch.set_num_threads(max(1, harness.cores() // jobs))
+
+    def seconds(call, device):
+        for _ in range(2):                              # the first call is slower
+            start = time.time()
+            call()
+            torch.get_device_module(device).synchronize(device)
+        return time.time() - start
+
+    for cfg in (cfg for cfg in runs if cfg.arm in cfg.arms):
+        kind = str({k: v for k, v in vars(cfg).items() if k not in ("seed", "run")})
+        if kind not in measured:
+            few = {k: min(vars(cfg)[k] or 50, 50) for k in ("n_fid", "n_real") if k in vars(cfg)}
+            try:
+                run(argparse.Namespace(**vars(cfg) | few, dry=True), Path())
+            except harness.DryRun as stopped:
+                t, evaluate = stopped.args
+            update = seconds(t.update, t.device)
+            score = seconds(partial(evaluate, t), t.device) if evaluate else 0
+            measured[kind] = update, score / few["n_fid"]
+            print(f"{cfg.run}: {update:.3g} s an update of G, {score:.3g} s to score "
+                  f"{few['n_fid']} images")
+        update, image = measured[kind]
+        total += cfg.steps * update + -(-cfg.steps // cfg.eval_every) * cfg.n_fid * image
+    print(f"{len(runs)} runs, {jobs} at a time: about {total / jobs / 3600:.2g} hours here")
 
 
 # --------------------------------------------------------------------------------------- many runs
@@ -171,8 +229,11 @@ def lock(path, how):
 
     how: `wait` or `try` for it alone, or `share` it. A nullcontext where the disk has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError:
+        return contextlib.nullcontext()
     try:
         fcntl.flock(file, {"wait": fcntl.LOCK_EX, "try": fcntl.LOCK_EX | fcntl.LOCK_NB,
                            "share": fcntl.LOCK_SH}[how])
@@ -238,14 +299,14 @@ def train_all(args, name, runs, run):
     goes on with. A run that fails leaves the others going; UserError names it in the end.
     """
     folder = args.outdir / args.script / (args.name or name)
-    alone = not {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys()
-    cpu = harness.pick_device(args.device).type == "cpu"
-    jobs = args.jobs or vars(runs[0]).get("jobs") or (harness.cores() if alone and cpu else 1)
+    jobs = getattr(runs[0], "jobs", 1)
+    processes = worker() or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if processes:   # torchrun says one thread
+        torch.set_num_threads(max(1, harness.cores() // processes))
     with entered(folder, runs, args.resume) as lockless:
         jobs = 1 if lockless else min(jobs, len(runs) - finished(folder, runs))
         if worker():
             threading.Thread(target=follow, daemon=True).start()
-            torch.set_num_threads(max(1, harness.cores() // worker()))
         elif jobs > 1:
             start_workers(args.command, jobs)
         work(runs, run, folder)     # after workers: what they left, if all of them were killed

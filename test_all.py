@@ -1337,8 +1337,8 @@ def test_distance_against_closed_forms_and_scipy():
        st.sampled_from([1e-6, 1.0, 1e6]))
 def test_statistics_are_those_of_numpy_in_any_batches(sizes, seed, scale):
     """A covariance divided by N, or digits lost to a mean far from 0."""
-    x, stats, same = (randn(sum(sizes) + 1, 5, seed=seed) + 1000) * scale, *map(
-        fid.Statistics, (5, 5))
+    x = (randn(sum(sizes) + 1, 5, seed=seed) + 1000) * scale
+    stats, same = fid.Statistics(), fid.Statistics()
     for part in x.split([*sizes, 1]):
         stats.add(part)
     for s in (stats, fid.Statistics.of(stats.mean, stats.cov, stats.n)):
@@ -1674,7 +1674,7 @@ REFUSALS = {
                "recall": lambda x: fid.precision_recall(x, randn(9, 4), k=1),
                "mean": lambda x: fid.frechet_distance(x[0], x * 0, x[0] * 0, x * 0),
                "covariance": lambda x: fid.frechet_distance(x[0] * 0, x, x[0] * 0, torch.eye(4)),
-               "features": lambda x: fid.Statistics(4).add(x * 1e30)}.items()},
+               "features": lambda x: fid.Statistics().add(x * 1e30)}.items()},
         **{f"fid {' '.join(args)}": (command(*args), text) for *args, text in (
             ("pics", "B is missing"), ("pics", "nowhere", "no such file"), ("", "pics", "no such"),
             ("pics", "64.npz", "--kid", "not statistics"), ("pics", "one", "at least 2"),
