@@ -1,6 +1,6 @@
 """How fast it is here: training steps, runs per hour, and FID; other tools beside it.
 
-    python bench.py [train|fid] [--peers] [--json]
+    python bench.py [train|fid|distance] [--peers] [--json]
 
 A number is the median of `--repeats` timings, its quartiles beside it. What is compared takes
 turns, A B A B, so that noise hits all; `time_ratio` is the median, over the turns, of its time to
@@ -13,8 +13,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -81,7 +79,6 @@ class Bench:
             yield
         except Exception as error:
             self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"left out: {name}, {self.left_out[name]}", file=sys.stderr)
 
     def peers(self, kind, *args):
         """{tool: function} of those installed, with --peers; imported here and nowhere else."""
@@ -90,7 +87,7 @@ class Bench:
             import bench_peers
             for tool, build in getattr(bench_peers, kind).items():
                 with self.attempt(f"{tool}, {kind}"):
-                    functions |= {tool: function} if (function := build(*args)) else {}
+                    functions[tool] = build(*args)
                     self.versions[tool] = importlib.metadata.version(tool)
         return functions
 
@@ -130,18 +127,13 @@ def make(cfg, arm):
 
 
 def time_alone(cfg, window, all_ready):
-    """Train with PCR, timed once all processes are ready -> updates per second, MiB at most."""
-    torch.set_num_threads(cfg.threads)
-    update, times, gpu = make(cfg, "pcr").update, [], cfg.device.type == "cuda"
+    """Train with PCR, timed once all processes are ready -> updates per second."""
+    update, times, calls = make(cfg, "pcr").update, [], 10 if cfg.device.type == "cuda" else 2
     update()
     all_ready.wait()
-    calls = 10 if gpu else 2
     while sum(times) * calls < window:
         times.append(seconds(update, calls, cfg.device))
-    if gpu:
-        return 1 / np.mean(times), torch.cuda.max_memory_allocated(cfg.device) / 2 ** 20
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # kB on Linux, bytes on a Mac
-    return 1 / np.mean(times), most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    return 1 / np.mean(times)
 
 
 def train(b):
@@ -156,28 +148,31 @@ def train(b):
             ["--preset", preset, "--size", str(size), *width]), model, "cifar10")
         vars(cfg).update(seed=0, device=b.device)
         name, functions, flops = f"{model} {preset}, {size} px,", {}, {}
-        for which, arm in (("eager", "vanilla"), ("eager pcr", "pcr")):
-            functions[which] = make(cfg, arm).update
+        for which, arm, precision in (("eager", "vanilla", "fp32"), ("eager pcr", "pcr", "fp32"),
+                                      ("bf16", "vanilla", "bf16")):
+            cfg.precision = precision
+            functions[which] = make(argparse.Namespace(**vars(cfg)), arm).update
             with Flops() as counter:
                 functions[which]()
             flops[which] = counter.total
+        cfg.precision = "fp32"
         functions |= b.peers("TRAIN", make(cfg, "vanilla"))
         b.compare("train", name, "G steps/s", functions, lambda t: 1 / t,
                   lambda which, t, n=cfg.n_dis, flops=flops: {"d_steps_per_s": n / t, **(
                       {"peak_percent": 100 * flops[which] / t / peak} if which in flops else {})})
         for jobs in b.jobs:
-            cfg.threads = max(1, harness.cores() // jobs)
+            threads = max(1, harness.cores() // jobs)
             with b.attempt(f"{name} {jobs} together"), spawn.Manager() as manager, \
-                    ProcessPoolExecutor(jobs, spawn) as pool:
+                    ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, [threads]) as pool:
                 all_ready = manager.Barrier(jobs, timeout=300)      # else one that died stops all
-                rates, mib = zip(*pool.map(partial(
-                    time_alone, window=b.window, all_ready=all_ready), [cfg] * jobs))
+                rates = pool.map(partial(time_alone, window=b.window, all_ready=all_ready),
+                                 [cfg] * jobs)
                 b.row("train", f"{name} eager pcr, {jobs} together", "runs/hour",
-                      3600 / cfg.steps * sum(rates), mib_each=max(mib))
+                      3600 / cfg.steps * sum(rates))
 
 
 def frechet(b):
-    """Images per second of the FID network, by width and precision; then the distance."""
+    """Images per second of the FID network, by width and precision."""
     x = torch.randint(256, (b.images, 3, 32, 32), dtype=torch.uint8).to(b.device)
     found = sorted((b.args.data_dir / "inception").glob("*2015*.pth"))      # else random ones
     state = torch.load(found[0], weights_only=True) if found else fid.Inception().state_dict()
@@ -186,74 +181,60 @@ def frechet(b):
         weights = Path(folder) / "weights.pth"
         torch.save(state, weights)
         for dims in b.dims:
-            run = partial(fid.load_inception(dims=dims, weights=weights, device=b.device), x)
-            bf16 = torch.autocast(b.device.type, torch.bfloat16)(run)
+            nets = {name: partial(fid.load_inception(
+                dims, weights, device=b.device, precision=precision), x)
+                for name, precision in (("fid.py", "fp32"), ("bf16", "bf16"))}
             peers = b.peers("FEATURES", weights, x) if dims == 2048 else {}
-            b.compare("fid", f"{dims} features,", "images/s",
-                      {"fid.py": run, "bf16 autocast": bf16, **peers}, lambda t: len(x) / t)
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    flags = [f"--{name}" for name in ("peers", "smoke") if getattr(b.args, name)]
-    result = json.loads(subprocess.check_output(    # libraries learn of the thread as they start
-        [sys.executable, __file__, "distance", "--json", "--device", "cpu", "--clock",
-         b.args.clock, "--repeats", str(min(b.repeats, 3)), *flags], env=os.environ | one))
-    b.rows += result["rows"]
-    b.left_out |= result["left_out"]
+            b.compare("fid", f"{dims} features,", "images/s", nets | peers, lambda t: len(x) / t)
 
 
 def distance(b):
     """Seconds of the distance between two sets of random features, and what comes out."""
-    dims, gen, sides, found = b.dims[-1], core.generator(0), [], {}
+    dims, gen, sides = b.dims[-1], core.generator(0), []
     mix = torch.randn(dims, dims, generator=gen) / dims ** 0.5
     for _ in range(2):
-        stats = fid.Statistics(dims)
+        stats = fid.Statistics()
         stats.add((torch.randn(2 * dims, dims, generator=gen) @ mix).relu())
         sides += [stats.mean, stats.cov]
     mu1, cov1, mu2, cov2 = arrays = [side.numpy() for side in sides]
-
-    def textbook():
-        root = scipy.linalg.sqrtm(cov1 @ cov2).real
-        return ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
-
-    functions = {"fid.py": partial(fid.frechet_distance, *sides), "scipy sqrtm": textbook,
-                 **b.peers("DISTANCE", arrays, sides)}
-    b.compare("fid", f"distance of {dims} features, one thread,", "s", {
-        name: lambda name=name, f=f: found.update({name: float(f())})
-        for name, f in functions.items()}, lambda t: t, lambda which, t: {"distance": found[which]})
+    functions = {
+        "fid.py": partial(fid.frechet_distance, *sides),
+        "scipy sqrtm": lambda: ((mu1 - mu2) ** 2).sum() + np.trace(
+            cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real),
+        **b.peers("DISTANCE", arrays, sides)}
+    b.compare("fid", f"distance of {dims} features,", "s", functions, lambda t: t,
+              lambda which, t: {"distance": float(functions[which]())})
 
 
 def main(argv=None):
     parts = {"train": train, "fid": frechet, "distance": distance}
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", nargs="?", choices=parts, help="default: train, and fid with distance")
+    p.add_argument("part", nargs="?", choices=parts, help="default: all")
     p.add_argument("--peers", action="store_true", help="other tools too, where installed")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     p.add_argument("--smoke", action="store_true", help="seconds: to see that everything works")
     p.add_argument("--repeats", type=int, help="timings of each; default 5, on a GPU 9")
-    p.add_argument("--threads", type=int, help="of one run at a time; default PyTorch's choice")
     p.add_argument("--clock", choices=CLOCKS, default="wall",
-                   help="cpu: processor time, for a busy machine and one thread (%(default)s)")
+                   help="cpu: processor time, for a busy machine (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--data-dir", type=Path, default=data.DATA_DIR, help="may hold FID's weights")
     args = p.parse_args(argv)
     device, start, load = harness.pick_device(args.device), time.time(), os.getloadavg()
-    if any(n is not None and n < 1 for n in (args.repeats, args.threads)):
-        raise core.UserError("--repeats and --threads: must be at least 1")
+    if args.repeats is not None and args.repeats < 1:
+        raise core.UserError(f"--repeats {args.repeats}: must be at least 1")
     if args.clock == "cpu" and device.type == "cuda":
         raise core.UserError("--clock cpu: sees nothing of a GPU; take --clock wall")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     b = Bench(args, device)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        for part in [args.part] if args.part else ["train", "fid"]:
+        for part in [args.part] if args.part else parts:
             parts[part](b)
     result = {
         "device": harness.chip(device) if device.type == "cuda" else "cpu",
         "processor": harness.chip(torch.device("cpu")), "cores": harness.cores(),
-        "instructions": torch.backends.cpu.get_cpu_capability(), "load": load[0],
-        "threads": torch.get_num_threads(), "repeats": b.repeats, "clock": args.clock,
-        "seconds": time.time() - start, "versions": {**harness.versions(), **b.versions},
-        "rows": b.rows, "left_out": b.left_out}
+        "threads": torch.get_num_threads(), "load": load[0], "repeats": b.repeats,
+        "clock": args.clock, "seconds": time.time() - start,
+        "versions": {**harness.versions(), **b.versions}, "rows": b.rows, "left_out": b.left_out}
     print(json.dumps(result) if args.json else "\n".join(
         f"{k}: {v}" for k, v in result.items() if k != "rows"))
     return result

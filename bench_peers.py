@@ -1,8 +1,7 @@
 """The tools that `bench.py --peers` times beside this one, each called as its users call it.
 
-A builder imports its tool and returns the function to time, None if the tool cannot do that. They
-want torchvision, of which only network definitions are timed; docs/speed.md says what to do where
-pip has no CPU build of it. Weights are handed over, never downloaded.
+A builder imports its tool and returns the function to time; a KeyError says which loss a tool has
+not. They want torchvision, see docs/speed.md. Weights are handed over, never downloaded.
 """
 import copy
 from functools import partial
@@ -14,10 +13,8 @@ import core
 
 
 def copies(trainer):
-    """G, D and Adams as other tools' users have them, one batch of real images, and cfg.
-
-    PyTorch's LeakyReLU, the default memory format, Adam as it comes.
-    """
+    """G, D and Adams as other tools' users have them, in the default memory format, with PyTorch's
+    LeakyReLU and Adam as it comes; one batch of real images, and cfg."""
     cfg, nets = trainer.cfg, copy.deepcopy([trainer.G, trainer.D])
     for net in nets:
         net.to(memory_format=torch.contiguous_format)
@@ -36,8 +33,6 @@ def torchgan(trainer):
                       losses.WassersteinGradientPenalty),
              "lsgan": (losses.LeastSquaresGeneratorLoss, losses.LeastSquaresDiscriminatorLoss)}
     G, D, opt_g, opt_d, x_real, cfg = copies(trainer)
-    if cfg.loss not in kinds:
-        return None
     on_g, *on_d = [kind() for kind in kinds[cfg.loss]]
     G.encoding_dims, G.label_type, D.label_type = cfg.z_dim, "none", "none"
 
@@ -56,8 +51,6 @@ def mimicry(trainer):
     kinds = {"wgan": (wgan.WGANGPBaseGenerator, wgan.WGANGPBaseDiscriminator, "wasserstein"),
              "hinge": (gan.BaseGenerator, gan.BaseDiscriminator, "hinge")}
     G, D, opt_g, opt_d, x_real, cfg = copies(trainer)
-    if cfg.loss not in kinds:
-        return None
     *bases, loss = kinds[cfg.loss]
     for net, base in zip((G, D), bases):
         net.__class__ = type("Hosted", (type(net), base), {})
@@ -106,8 +99,7 @@ FEATURES = {
 DISTANCE = {
     "pytorch-fid": lambda arrays, tensors: partial(
         resolve_name("pytorch_fid.fid_score:calculate_frechet_distance"), *arrays),
-    "clean-fid": lambda arrays, tensors: partial(
-        resolve_name("cleanfid.fid:frechet_distance"), *arrays),
+    "clean-fid": lambda arrays, _: partial(resolve_name("cleanfid.fid:frechet_distance"), *arrays),
     "torch-fidelity": torch_fidelity_distance,
     "torchmetrics": lambda arrays, tensors: partial(
         resolve_name("torchmetrics.image.fid:_compute_fid"), *tensors)}

@@ -7,11 +7,10 @@ fixed codes keep changing. On CelebA, after as many images, the FID is lower the
     python exp_sample_insufficiency.py
     python exp_sample_insufficiency.py --dataset celeba
 
-On rectangles the arms are laws of sampling, on photographs `vanilla` and three cures. All but `fgd`
+On rectangles the arms are laws of sampling, on photographs `vanilla` and two cures. All but `fgd`
 run at `--batch`, the first of these at every size of `--batches`; they see equally many images, or
 with `--steps` have equally many updates. Presets: paper (one GPU), cpu (ten minutes), smoke.
 """
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,8 @@ PRESETS = {
     "paper": dict(
         size=32, n_train=64, batch=16, batches=[4, 8, 16, 32], images_seen=640_000, arch="dcgan",
         loss="wgan", norm_d="none", init_d="he", gp_weight=10.0, gp_comb=False, comb_weight=0.5,
-        r1_weight=10.0, n_dis=1, lr_rule="constant", lr_g=5e-4, lr_d=5e-4, beta1=0.0, beta2=0.9,
-        z_dim=128, width=64, base=2, flip=False, lr_decay=False, ema_beta=0.0, checks=48,
-        log_every=50),
+        r1_weight=10.0, n_dis=1, lr_g=5e-4, lr_d=5e-4, beta1=0.0, beta2=0.9, z_dim=128, width=64,
+        base=2, flip=False, lr_decay=False, ema_beta=0.0, checks=48, log_every=50),
     # DEVIATION: the `cpu` preset on rectangles. Canvas and squares half as wide, half the channels.
     "cpu": dict(size=16, width=32, lr_g=1e-3, lr_d=1e-3, images_seen=38_400, batches=[8, 16, 32],
                 checks=24),
@@ -55,11 +53,9 @@ PHOTOS = {  # over PRESETS["paper"]
                 lr_d=5e-4, ema_beta=0.99, n_fid=256, n_real=512, dims=192, checks=3),
     "smoke": PRESETS["smoke"] | dict(n_train=None, size=32, batch=2, n_fid=16, n_real=16, dims=64),
 }
-LR_RULES = {"constant": 0, "sqrt": 0.5, "linear": 1}    # power of batch / 64
 OWN = {
     "dataset": (str, "geometry, celeba, cifar10, imagenet, or a folder or zip (%(default)s)"),
     "images_seen": (int, 2, 10 ** 12, "training images that D sees in a run"),
-    "lr_rule": (tuple(LR_RULES), "step sizes follow batch / 64 (linear), its root, or stay"),
     "r1_weight": (float, 0, 10 ** 6, "gamma of arm r1"), **data.FLAGS, **fid.FLAGS,
 }
 
@@ -76,8 +72,8 @@ class Sampler(core.Trainer):
     """
 
     def __init__(self, cfg, images, G, D):
-        super().__init__(cfg, images, G, D, prior=lambda t, n: t.G.codes[t.pick(t.player)])
-        self.player, self.left = "d", {}                # left: what is left of each epoch
+        super().__init__(cfg, images, G, D, prior=lambda t, n: t.G.codes[t.pick("g")])
+        self.left = {}                                  # what is left of each epoch
 
     def pick(self, what):
         """Indices (B,) of the next batch of images (`real`), or of codes for player `d` or `g`."""
@@ -96,11 +92,9 @@ class Sampler(core.Trainer):
     def real(self):
         return self.images(self.pick("real"))
 
-    def g_update(self):
-        self.player = "g"
-        logs = super().g_update()
-        self.player = "d"
-        return logs
+    @torch.no_grad()
+    def fake(self):
+        return self.G(self.G.codes[self.pick("d")])
 
     def preview(self, n=None):
         """The images of all codes, uint8 (N, 1, H, W)."""
@@ -123,24 +117,9 @@ def r1(t, x_real, x_fake):
     return loss + logs["r1"], logs
 
 
-class OptimisticAdam(torch.optim.Adam):
-    """Optimistic Adam (Daskalakis et al. 2018, algorithm 1): twice this step less the last one."""
-
-    @torch.no_grad()
-    def step(self):
-        params = [p for group in self.param_groups for p in group["params"]]
-        old = [p.clone() for p in params]
-        super().step()
-        for p, before in zip(params, old):
-            step, slots = p - before, self.state[p]
-            p.add_(step - slots.get("step_before", 0))
-            slots["step_before"] = step
-
-
 # On photographs an arm is d_loss(t, x_real, x_fake) -> (loss, {name: tensor}). `ema`, the average
 # of vanilla's G, comes from vanilla's run at --batch.
-ARMS = {"vanilla": core.d_loss, "ema": core.d_loss, "r1": r1, "optimistic": core.d_loss}
-OPTIMIZERS = {"optimistic": partial(OptimisticAdam, fused=True)}
+ARMS = {"vanilla": core.d_loss, "ema": core.d_loss, "r1": r1}
 
 
 def networks(cfg):
@@ -216,7 +195,7 @@ def run_photos(cfg, folder):
     """Train one arm, batch size and seed -> a row for each score; an averaged G is arm `ema`."""
     images, photo_score, protocol = prepare(cfg)
     trainer = core.Trainer(cfg, images.to(harness.pick_device(cfg.device)), *networks(cfg),
-                           d_loss=ARMS[cfg.arm], optimizer=OPTIMIZERS.get(cfg.arm, core.adam))
+                           d_loss=ARMS[cfg.arm])
     harness.fit(trainer, folder, photo_score, protocol=protocol)
     return [{"dataset": Path(cfg.dataset).stem, "arm": arm, "batch": cfg.batch, "seed": cfg.seed,
              "step": r["step"], "images_seen": r["d_steps"] * cfg.batch, "distance": r[key],
@@ -236,22 +215,13 @@ def compared(rows):
     return [r for r in rows if r["arm"] == "fgd"], [r for r in part if r["batch"] == size]
 
 
-def by_cell(rows, key):
-    """{"arm (batch)": [number of each seed]}; of several rows of a run the last one counts."""
-    cells = {}
-    for r in rows:
-        cells.setdefault(f"{r['arm']} ({r['batch']})", {})[r["seed"]] = r[key]
-    return {cell: list(seeds.values()) for cell, seeds in cells.items()}
-
-
 def claims(rows):
     """Figures 2 (left), 6: FGD against the first MGD; 2 (right): batch sizes, and also cures."""
     if "correct" in rows[0]:
         full, part = compared(rows)
         both = full + [r for r in part if r["arm"] == part[0]["arm"]]
         paper, tests = "Figures 2, 6", [
-            (what, "FGD settles, MGD does not", by_cell(both, key), unit, key == "correct")
-            for key, what, unit in (
+            (what, "FGD settles, MGD does not", both, key, unit) for key, what, unit in (
                 ("correct", "codes with two rectangles", 100),
                 ("changes_per_code", "codes whose image changes between checks, late", 100),
                 ("d_loss_var", "variance of D's loss, late", 1))]
@@ -259,32 +229,36 @@ def claims(rows):
         what = f"{rows[0]['dataset']}: {rows[0]['metric']} after {rows[-1]['images_seen']:,} images"
         plain = sorted((r for r in rows if r["arm"] == "vanilla"), key=lambda r: -r["batch"])
         cures = [r for r in rows if r["arm"] != "vanilla"]
-        paper, tests = "Figure 2, right", [
-            (what, "the larger the better", by_cell(plain, "distance"), 1, False),
-            (what, "", by_cell(cures, "distance"), 1, False)]
+        paper, tests = "Figure 2, right", [(what, "the larger the better", plain, "distance", 1),
+                                           (what, "", cures, "distance", 1)]
     found = []
-    for what, theirs, cells, unit, higher in tests:
+    for what, theirs, part, key, unit in tests:
+        cells = {}                                  # of several rows of a run the last one counts
+        for r in part:
+            cells.setdefault(f"{r['arm']} ({r['batch']})", {})[r["seed"]] = r[key]
+        numbers = [list(seeds.values()) for seeds in cells.values()]
         if len(cells) > bool(theirs):               # a verdict is about the first and the last
-            (first, *_), (*_, last) = cells.values(), cells.values()
             found.append({
                 "paper": paper, "what": f"{what}: {', '.join(cells)}", "theirs": theirs,
-                "ours": ", ".join(sweep.spread(v, unit) for v in cells.values())
-                        + f", n={len(first)}",
-                "verdict": sweep.verdict(first, last, higher) if theirs else "",
+                "ours": f"{', '.join(sweep.spread(v, unit) for v in numbers)}, n={len(numbers[0])}",
+                "verdict": theirs and sweep.verdict(numbers[0], numbers[-1], key == "correct"),
                 "front": bool(theirs) and not what.startswith(("variance", "cifar10"))})
     return found
 
 
-def lines(ax, points, x, y, title, **look):
+def lines(ax, points, x, y, title):
     """Mean and range over seeds of points' entry y against x, a line for each `line` or arm."""
-    groups = {}
+    groups, by_update = {}, "d_loss" in points[0]
     for p in points:
         if p[y] is not None:
             groups.setdefault(p.get("line", p["arm"]), {}).setdefault(p["seed"], {})[p[x]] = p[y]
     for name, seeds in groups.items():
         harness.band(ax, [(list(xy), list(xy.values())) for xy in seeds.values()], name,
-                     **harness.style(name), **look)
+                     **{"lw": 0.5} if by_update else {"marker": "o", "ms": 2},
+                     **harness.style(name))
     ax.set(title=title, xlabel=x.replace("_", " "))
+    if by_update:
+        ax.set_ylim(*np.quantile([p[y] for p in points], [0.002, 0.998]))
     if x == "batch":
         ax.set(xscale="log", yscale="log" if y == "d_loss_var" else "linear")
         ax.set_xticks(sizes := sorted({p[x] for p in points}), sizes)
@@ -302,59 +276,53 @@ def film(folder, n_codes=4, n_checks=16):
     return harness.grid(harness.frame(x, colours), len(files))
 
 
-def rectangles(folder, rows, axes):
-    """Draw losses and gradients, codes that are right or change, batch sizes -> {title: film}."""
+def rectangles(folder, rows):
+    """Films of FGD's and MGD's first seed, {title: image}, and what `lines` draws, a panel each."""
     full, part = compared(rows)
-    shown = part[:1] + full[:1]                                         # of the first seed
+    shown = full[:1] + part[:1]
     films = {f"{r['arm']}, batch {r['batch']}: four codes, red if not two squares":
-             film(folder / run_name(r)) for r in reversed(shown)}
-    logs = [{**row, **r, "images_seen": r["d_steps"] * row["batch"],
-             "gap": r["d_real"] - r["d_fake"]} for row in shown for r in
-            harness.read_rows(folder / run_name(row) / "metrics.jsonl") if "d_loss" in r]
+             film(folder / run_name(r)) for r in shown}
+    logs = [{**row, **r, "images_seen": r["d_steps"] * row["batch"]} for row in reversed(shown)
+            for r in harness.read_rows(folder / run_name(row) / "metrics.jsonl") if "d_loss" in r]
     checks = [{**row, **dict(zip(CURVE, p))} for row in full + part for p in row["curve"]]
-    for ax, y, title in ((axes["a"], "d_loss", "loss of D"),
-                         (axes["b"], "g_grad", "gradient norm of G"),
-                         (axes["c"], "gap", "critic gap, real - fake")):
-        lines(ax, logs, "images_seen", y, title, lw=0.5)
-        ax.set_ylim(*np.quantile([p[y] for p in logs], [0.002, 0.998]))
-    lines(axes["d"], checks, "step", "correct", "codes with two squares")
-    lines(axes["e"], checks, "images_seen", "correct", "codes with two squares")
-    lines(axes["f"], checks, "images_seen", "changed", "codes changed since last check")
-    for ax, y, title in ((axes["g"], "d_loss_var", "variance of D's loss"),
-                         (axes["h"], "changes_per_code", "codes changed"),
-                         (axes["i"], "correct", "codes with two squares"),
-                         (axes["j"], "assignment_distance", "distance to images")):
-        lines(ax, rows, "batch", y, title, marker="o")
-    return films
+    return films, [(logs, "images_seen", "d_loss", "loss of D"),
+                   (logs, "images_seen", "g_grad", "gradient norm of G"),
+                   (checks, "images_seen", "correct", "codes with two squares"),
+                   (checks, "images_seen", "changed", "changed since last check"),
+                   (rows, "batch", "d_loss_var", "variance of D's loss"),
+                   (rows, "batch", "changes_per_code", "codes changed"),
+                   (rows, "batch", "correct", "codes with two squares"),
+                   (rows, "batch", "assignment_distance", "distance to images")]
 
 
-def photos(folder, rows, axes):
-    """Draw the distance over images seen and by batch size -> {title: last samples}."""
+def photos(folder, rows):
+    """The first seed's last samples, {title: image}, and what `lines` draws, a panel each."""
     points = [{**r, "line": f"batch {r['batch']}" if r["arm"] == "vanilla" else r["arm"]}
               for r in rows]
     what = f"{rows[0]['metric']}, {rows[0]['n_fid']} fakes"
-    lines(axes["a"], points, "images_seen", "distance", what, marker="o")
-    lines(axes["b"], rows, "batch", "distance", f"{what}, at the end", marker="o")
-    runs = {p["line"]: folder / run_name(p) for p in reversed(points) if p["arm"] != "ema"}
-    grids = {line: sorted(run.glob("samples/*.png")) for line, run in reversed(runs.items())}
-    return {line: np.asarray(Image.open(files[-1])) for line, files in grids.items() if files}
+    grids = {p["line"]: sorted((folder / run_name(p)).glob("samples/*.png")) for p in points
+             if p["arm"] != "ema" and p["seed"] == rows[0]["seed"]}
+    return {line: np.asarray(Image.open(files[-1])) for line, files in grids.items() if files}, [
+        (points, "images_seen", "distance", what),
+        (rows, "batch", "distance", f"{what}, at the end")]
 
 
 def plot(folder):
     """figure.png from the files, one of two kinds: pictures above, panels below."""
     result = sweep.read_result(folder, Path(__file__).stem)
-    draw, height, ratio, panels = (photos, 4.6, 1.3, "ab") if "distance" in result["rows"][0] else (
-        rectangles, 8.4, 5, "aaaabbbbcccc;ddddeeeeffff;ggghhhiiijjj")
+    draw, height, ratio, shape = (photos, 4.6, 1.3, (1, 2)) if "distance" in result["rows"][0] \
+        else (rectangles, 5.8, 4, (2, 4))
     fig = harness.figure(height)
     top, bottom = fig.subfigures(2, height_ratios=[1, ratio])
-    axes = bottom.subplot_mosaic(panels)
-    pictures = draw(folder, result["rows"], axes)
+    pictures, panels = draw(folder, result["rows"])
     for i, title in enumerate(pictures):
         ax = top.add_subplot(1, len(pictures), i + 1, title=title)
         ax.imshow(pictures[title], interpolation="nearest")
         ax.axis("off")
-    axes["a"].legend()
-    axes["f" if "f" in axes else "b"].legend()
+    for ax, panel in zip(bottom.subplots(*shape).flat, panels):
+        lines(ax, *panel)
+        if panel[2] in ("d_loss", "changed", "distance"):
+            ax.legend()
     harness.save_figure(fig, folder)
     return result
 
@@ -364,13 +332,6 @@ def plot(folder):
 
 def run_name(row):
     return f"{row['arm']}-b{row['batch']}-s{row['seed']}"
-
-
-def flags():
-    p = sweep.parser(__doc__, PRESETS, OWN, [*LAWS, *ARMS])
-    p.add_argument("--batches", type=int, nargs="+", help="batch sizes to compare (preset)")
-    p.set_defaults(dataset="geometry", data_dir=data.DATA_DIR, arms="all")
-    return p
 
 
 def configure(args):
@@ -402,31 +363,27 @@ def configure(args):
                 own["gp_weight"] = 0.0
             if natural and not ("ema" in arms and (arm, batch) == ("vanilla", base.batch)):
                 own["ema_beta"] = 0.0
-            cfg = sweep.resolve(args, OWN, *layers, {"d_steps": base.images_seen // batch},
-                                **fixed, **own, run=run_name(own))
-            # UNSPECIFIED: how step sizes follow the batch. They do not; --lr-rule scales them.
-            scale = (batch / 64) ** LR_RULES[cfg.lr_rule]
-            cfg.lr_g, cfg.lr_d = cfg.lr_g * scale, cfg.lr_d * scale
-            runs.append(cfg)
+            # UNSPECIFIED: how step sizes follow the batch. They do not.
+            runs.append(sweep.resolve(args, OWN, *layers, {"d_steps": base.images_seen // batch},
+                                      **fixed, **own, run=run_name(own)))
     return runs
 
 
 def main(argv=None):
-    args = sweep.parse(flags(), __file__, argv)
+    p = sweep.parser(__doc__, PRESETS, OWN, [*LAWS, *ARMS])
+    p.add_argument("--batches", type=int, nargs="+", help="batch sizes to compare (preset)")
+    p.set_defaults(dataset="geometry", data_dir=data.DATA_DIR, arms="all")
+    args = sweep.parse(p, __file__, argv)
     if args.plot:
         return plot(args.plot)
     if args.sample:
         return harness.sample(args, networks, lambda t, n: t.G.codes[:n] if hasattr(t.G, "codes")
                               else core.normal_prior(t, n))
-    runs = configure(args)
-    if sweep.announce(runs, args.dry_run):
+    runs, run = configure(args), run_rectangles if args.dataset == "geometry" else run_photos
+    if sweep.announce(runs, args.dry_run, run):
         return {}
     if not sweep.worker():      # what is missing or wrong shows here, before any file
-        _, *scored = prepare(max(runs, key=lambda cfg: cfg.batch))
-        if scored:
-            print(fid.rank_note(min(runs[0].n_fid, scored[1]["n_real"]), scored[1]["dims"])
-                  or f"scored by {runs[0].n_fid} fakes")
-    run = run_rectangles if args.dataset == "geometry" else run_photos
+        prepare(max(runs, key=lambda cfg: cfg.batch))
     folder, rows = sweep.train_all(args, f"{Path(args.dataset).stem}-{args.preset}", runs, run)
     sweep.write_result(args, folder, runs, rows, claims(rows))
     return plot(folder)

@@ -59,8 +59,7 @@ OF_SQUARES = {"n_cover": (int, 1, 10 ** 9, "samples searched for training images
               "sc_counter": (tuple(COUNTERS), "what SC takes for correct")}
 OF_PHOTOS = {"sc_threshold": (float, 0, 1, "SC replaces fakes of a DIF below it"),
              "spares": (int, 1, 1000, "batches of fakes to choose replacements from"),
-             "n_heldout": (int, 2, 10 ** 9, "unseen images in the second distance"),
-             "n_dif": (int, 2, 10 ** 6, "samples per DIF and share of copies"),
+             "n_heldout": (int, 2, 10 ** 9, "unseen images"), "n_dif": (int, 2, 10 ** 6, "samples"),
              "dims": fid.FLAGS["dims"], "fid_weights": fid.FLAGS["fid_weights"]}
 OWN = {"dataset": (str, "geometry (rectangles), cifar10, celeba, imagenet, or a folder or zip of "
                         "images (%(default)s)"), "n_train": (int, 2, 10 ** 9, "training images"),
@@ -197,39 +196,32 @@ def show(ax, images, title, columns=None, good=None):
 
 
 def plot_squares(rows, cfg, folder):
-    """What each arm draws, share correct over training, counts, modes -> figure."""
+    """What each arm draws, share correct over training, modes -> figure."""
     arms, steps = list(dict.fromkeys(r["arm"] for r in rows)), max(r["steps"] for r in rows)
     fig = harness.figure(4.8 + 0.55 * len(arms))
     top, middle, bottom = fig.subfigures(3, height_ratios=[2.1, 2.5, 0.55 * len(arms)])
     top.suptitle(f"Samples after {steps} updates of G; red frame: not exactly two squares")
-    left, right = middle.subplots(1, 2, width_ratios=[1.5, 1])
-    for i, (arm, ax, modes) in enumerate(zip(arms, np.atleast_1d(top.subplots(1, len(arms))),
-                                             np.atleast_1d(bottom.subplots(len(arms))))):
+    ax = middle.subplots()
+    for i, arm in enumerate(arms):
         mine, style = [r for r in rows if r["arm"] == arm], harness.style(arm)
         with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
             x, pairs = (torch.from_numpy(saved[k]) for k in ("samples", "pairs"))
-        share, curves = sweep.values(mine, "correct"), [list(zip(*r["curve"])) for r in mine]
-        show(ax, x, f"{arm}: {np.mean(share):.0%} have two", None,
-             geometry.has_two(x, cfg["size"] // 4))
-        harness.band(left, [c[:2] for c in curves], f"{arm} (n={len(mine)})", lw=1.6, **style)
-        harness.band(left, [c[::2] for c in curves], None, lw=0.7, alpha=0.7, **style)
-        right.bar(np.arange(5) + ((i + 0.5) / len(arms) - 0.5) * 0.8, width=0.8 / len(arms),
-                  height=np.mean(sweep.values(mine, "hist"), 0), color=style["color"],
-                  hatch=[None, "///", "...", "xx"][i % 4], edgecolor="white", lw=0)
-        same = (pairs == pairs[:, :1]).flatten(2).all(2)[:10].flatten()
-        show(modes, pairs[:10].flatten(0, 1)[:, None], "{arm}: training image | nearest of "
-             "{n_cover:,} samples, red if not equal: {coverage_exact} of {coverage_n} are; "
-             "{unseen_share:.0%} of correct samples are new".format(**mine[0]), 20, same)
+        show(top.add_subplot(1, len(arms), i + 1), x,
+             f"{arm}: {np.mean(sweep.values(mine, 'correct')):.0%} have two",
+             good=geometry.has_two(x, cfg["size"] // 4))
+        curves = [list(zip(*r["curve"])) for r in mine]
+        harness.band(ax, [c[:2] for c in curves], f"{arm} (n={len(mine)})", lw=1.6, **style)
+        harness.band(ax, [c[::2] for c in curves], None, lw=0.7, alpha=0.7, **style)
         if arm in PAPER:
-            left.plot(steps, PAPER[arm][0], "<", color=style["color"], ms=5, clip_on=False)
-    left.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
-             xlim=(0, steps), title="thick: tolerant counter, thin: to the pixel, triangles: paper")
-    left.legend(loc=(0.01, 0.65), labelspacing=0.2)
-    right.set(xlabel="rectangles in an image, 4 or more as 4", ylabel="share", ylim=(0, 1.02))
+            ax.plot(steps, PAPER[arm][0], "<", color=style["color"], ms=5, clip_on=False)
+        same = (pairs == pairs[:, :1]).flatten(2).all(2)[:10].flatten()
+        show(bottom.add_subplot(len(arms), 1, i + 1), pairs[:10].flatten(0, 1)[:, None],
+             "{arm}: training image | nearest of {n_cover:,} samples, red if not equal: "
+             "{coverage_exact} of {coverage_n} are".format(**mine[0]), columns=20, good=same)
+    ax.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
+           xlim=(0, steps), title="thick: tolerant counter, thin: to the pixel, triangles: paper")
+    ax.legend(loc=(0.01, 0.65), labelspacing=0.2)
     return fig
-
-
-# ----------------------------------------------------------------------------------- photographs
 
 
 def distances(x, y):
@@ -265,9 +257,8 @@ PHOTO_ARMS = {  # `random` is a control: as many fakes are replaced, but any
 
 def measure(x, images, threshold):
     """What samples owe to the training images, both uint8 (., C, H, W): mean DIF; share of copies,
-    under the threshold; recall, share of training images nearest to a copy (32 are too few for
-    balls in feature space); how many are collapsed, no copies but flat or nearly another sample;
-    share of noisy ones, rougher than every training image."""
+    under the threshold; recall, share of training images nearest to a copy; how many are collapsed,
+    no copies but flat or nearly another sample; share of noise, rougher than any training image."""
     x, images = core.to_float(x), core.to_float(images.to(x.device))
     d, nearest = distances(x, images).min(1)
     copy, apart = d < threshold, distances(x, x) + torch.eye(len(x), device=x.device)
@@ -285,8 +276,7 @@ def prepare(cfg):
     images = data.load(cfg.dataset, cfg.size, cfg.data_dir, "train", cfg.n_train)
     held = data.load(cfg.dataset, cfg.size, cfg.data_dir, "test")
     if len(held) < 4:
-        raise core.UserError(f"--dataset {cfg.dataset}: every tenth image is held out, that is "
-                             f"{len(held)}, but 4 are needed")
+        raise core.UserError(f"--dataset {cfg.dataset}: holds out {len(held)}, but 4 are needed")
     held = held[torch.randperm(len(held), generator=core.generator(0))]
     net = fid.load_inception(dims=cfg.dims, weights=cfg.fid_weights, data_dir=cfg.data_dir,
                              device=harness.pick_device(cfg.device))
@@ -324,14 +314,13 @@ def run_photos(cfg, folder):
     x = t.preview(24)
     nearest = distances(core.to_float(x), t.x_train).argmin(1).cpu()
     with harness.atomic(folder / "samples.npz") as tmp:
-        np.savez(tmp, samples=x.cpu(), nearest=images[nearest], train=images[:24])
+        np.savez(tmp, samples=x.cpu(), nearest=images[nearest])
     return [{"part": "sc_natural", "arm": cfg.arm, "seed": cfg.seed, **r, **protocol}
             for r in harness.read_rows(folder / "metrics.jsonl") if "distance" in r]
 
 
 def claims_photos(rows):
     """Figure 5 at the end of training: distance and DIF, beside vanilla and the control."""
-    rows = [r for r in rows if "seed" in r]
     last, name, found = rows[-1], Path(rows[-1]["dataset"]).stem, []
     for key, what in (("distance", last["metric"]), ("dif", "DIF")):
         ends = {r["arm"]: sweep.values(rows, key, arm=r["arm"], step=last["step"]) for r in rows}
@@ -348,10 +337,9 @@ def plot_photos(rows, cfg, folder):
     fixed = [f"{r['arm']} {r['distance']:.3g}, {r['dif']:.2f}" for r in rows if "seed" not in r]
     rows = [r for r in rows if "seed" in r]
     arms, first = list(dict.fromkeys(r["arm"] for r in rows)), rows[0]
-    panels = {("distance", "distance_heldout"):
-              f"{first['metric']} to the training images\n(thin: to held-out images)",
-              ("dif",): f"mean DIF\n(SC replaces fakes under {cfg['sc_threshold']:g})",
-              ("copies", "recall"): "share of samples that are copies\n(thin: of images copied)"}
+    panels = {"distance": f"{first['metric']} to the training images",
+              "distance_heldout": f"{first['metric']} to held-out images",
+              "dif": f"mean DIF (SC replaces under {cfg['sc_threshold']:g})"}
     fig = harness.figure(4.6)
     top, bottom = fig.subfigures(2, height_ratios=[1, 1.5])
     top.suptitle(f"Batches of {cfg['batch']}: samples, under each its nearest training image")
@@ -359,12 +347,11 @@ def plot_photos(rows, cfg, folder):
         with np.load(folder / f"{arm}-s{first['seed']}" / "samples.npz") as saved:
             pairs = torch.stack([torch.from_numpy(saved[k]) for k in ("samples", "nearest")])
         show(ax, pairs.unflatten(1, (-1, 8)).transpose(0, 1).flatten(0, 2), arm, columns=8)
-    for ax, (keys, label) in zip(bottom.subplots(1, len(panels)), panels.items()):
+    for ax, (key, label) in zip(bottom.subplots(1, len(panels)), panels.items()):
         for arm in arms:
-            for key, width in zip(keys, (1.6, 0.7)):
-                runs = [[sweep.values(rows, k, arm=arm, seed=seed) for k in ("step", key)]
-                        for seed in cfg["seeds"]]
-                harness.band(ax, runs, arm if width > 1 else None, lw=width, **harness.style(arm))
+            runs = [[sweep.values(rows, k, arm=arm, seed=seed) for k in ("step", key)]
+                    for seed in cfg["seeds"]]
+            harness.band(ax, runs, arm, **harness.style(arm))
         ax.set(xlabel="updates of G", ylabel=label, xlim=(0, None), ylim=(0, None))
     ax.legend()
     fig.suptitle(f"{Path(first['dataset']).stem}, n={len(cfg['seeds'])}. {first['metric']} and DIF "
@@ -394,19 +381,18 @@ def main(argv=None):
     args.arms = args.arms or list(arms)
     wrong = [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]
     for flag in wrong + [f"--arms {arm}" for arm in args.arms if arm not in arms]:
-        raise core.UserError(f"{flag}: not with --dataset {args.dataset}, whose arms are "
-                             f"{', '.join(arms)}")
+        raise core.UserError(f"{flag}: not with --dataset {args.dataset} (arms {', '.join(arms)})")
     cfg = sweep.resolve(args, OWN, COMMON, {"size": data.SIZES.get(args.dataset, 64)},
                         presets["paper"], presets[args.preset], channels=1 if squares else 3)
     runs = [Namespace(**vars(cfg), arm=arm, seed=seed, run=f"{arm}-s{seed}")
             for seed in cfg.seeds for arm in cfg.arms]
-    if sweep.announce(runs, args.dry_run):
+    if sweep.announce(runs, args.dry_run, run):
         return {}
     if not sweep.worker():      # what is missing or wrong shows here, before any file
         core.check_batch(cfg, len((training_set if squares else prepare)(cfg)[0]))
     folder, rows = sweep.train_all(args, f"{Path(args.dataset).stem}-{args.preset}", runs, run)
-    rows = rows if squares else references(cfg) + rows
-    sweep.write_result(args, folder, runs, rows, (claims if squares else claims_photos)(rows))
+    sweep.write_result(args, folder, runs, rows if squares else references(cfg) + rows,
+                       (claims if squares else claims_photos)(rows))
     return plot(folder)
 
 

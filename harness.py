@@ -159,7 +159,7 @@ def differences(old, new):
 
     What only one of them knows does not count: flags come and go between versions.
     """
-    old = {"precision": "fp32"} | old
+    old = {"precision": "fp32"} | old if old else {}
     return "; ".join(f"{k} was {old[k]}, is {v}" for k, v in sorted(to_jsonable(new).items())
                      if k not in FREE_TO_CHANGE and k in old and old[k] != v)
 

@@ -1,9 +1,8 @@
 """Lay out what the result.json files beside this one claim, and what the code's tags say.
 
-    python results/table.py
-
-writes the claims' table into README.md, all claims and where they came from into docs/results.md,
-the table of fixes into docs/theory.md, and every open choice and departure into docs/choices.md.
+`python results/table.py` writes the claims' table into README.md, all claims and where they came
+from into docs/results.md, the table of fixes into docs/theory.md, and every open choice and
+departure into docs/choices.md.
 """
 import json
 import re
@@ -36,10 +35,9 @@ def claims(found, front=False):
 
 def provenance(name, result):
     """A section of docs/results.md."""
-    config = result["config"]
-    return (f"## {name}\n\n`{result['command']}`\n\nSeeds {' '.join(map(str, config['seeds']))}; "
-            f"{result['device']}; {result['date']}; {result['seconds']:.0f} s; commit "
-            f"{' '.join(result['git'])}.\n\n"
+    return (f"## {name}\n\n`{result['command']}`\n\nSeeds "
+            f"{' '.join(map(str, result['config']['seeds']))}; {result['device']}; "
+            f"{result['date']}; {result['seconds']:.0f} s; commit {' '.join(result['git'])}.\n\n"
             f"![figure](../results/{name}/figure.png)\n\n{claims([result])}\n")
 
 
@@ -57,23 +55,18 @@ def fixes(result):
         for name, r in rows.items()])
 
 
-def blocks(code):
-    """The text of every comment and of every paragraph of a docstring, on one line each."""
-    for block in re.findall(r"(?:^ *#.*\n)+", code, re.M):
-        yield " ".join(line.strip(" #") for line in block.splitlines())
-    for doc in re.findall(r'"""(.*?)"""', code, re.S):
-        for paragraph in re.split(r"\n\s*\n", doc):
-            yield " ".join(paragraph.split())
-
-
 def choices():
-    """The text behind every UNSPECIFIED: and DEVIATION: tag, to the end of its comment."""
-    lines = []
-    for path in [*sorted(TOP.glob("*.py")), *sorted(TOP.glob("neighbours/*.py"))]:
-        for block in blocks(path.read_text()) if path.name != "test_all.py" else ():
-            parts = re.split("(UNSPECIFIED|DEVIATION): ", block)
-            lines += [f"- `{path.name}` {kind}: {text.strip()}"
-                      for kind, text in zip(parts[1::2], parts[2::2])]
+    """The text behind every UNSPECIFIED: and DEVIATION: tag, to the end of its paragraph."""
+    lines, files = [], [*sorted(TOP.glob("*.py")), *sorted(TOP.glob("neighbours/*.py"))]
+    for path in [f for f in files if f.name != "test_all.py"]:
+        code = path.read_text()
+        blocks = re.findall(r"(?:^ *#.*\n)+", code, re.M)
+        for doc in re.findall(r'"""(.*?)"""', code, re.S):
+            blocks += re.split(r"\n\s*\n", doc)
+        for block in blocks:
+            text = " ".join(re.sub("^ *#", "", block, flags=re.M).split())
+            lines += [f"- `{path.name}` {tag.strip()}" for tag in
+                      re.split("(?=(?:UNSPECIFIED|DEVIATION): )", text)[1:]]
     return "\n".join(lines)
 
 
