@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from scipy.special import gammaincinv
 
 from core import UserError, generator, pixel_and, pixel_or
 
@@ -163,3 +164,77 @@ def has_two(x, side, counter=count):
     """Which images (N, 1, H, W) are correct, exactly two rectangles and nothing else: bool (N,)."""
     n, clean = counter(x, side)
     return (n == 2) & clean
+
+
+def possible(size, side, gap=1):
+    """How many images of exactly two squares there are: 9,576 at 16 px, 133,008 at 32 px."""
+    n, reach = size - side + 1, side + gap
+    near = sum(max(n - abs(shift), 0) for shift in range(1 - reach, reach))     # on one axis
+    return (n ** 4 - near ** 2) // 2
+
+
+def birthday(counts):
+    """n_eff = s(s-1) / 2C, if of s draws, `counts` (K,) of each image, C pairs are equal: as many
+    equally likely images would coincide as often; it estimates 1 / sum p^2. n_eff_low, n_eff_high:
+    95% interval, C Poisson, wider by what triples say of its variance. C = 0: only a lower end."""
+    c = counts.double()
+    s, pairs, triples = (v.sum().item() for v in (c, c * (c - 1) / 2, c * (c - 1) * (c - 2) / 6))
+    tries = math.comb(int(s), 2)
+    if not pairs:
+        return {"n_eff": None, "n_eff_low": tries / -math.log(0.05), "n_eff_high": None}
+    ratio = max(1, 1 + 6 * triples / pairs - 2 * (s - 2) * pairs / tries)   # of variance and mean
+    low, high = (ratio * float(gammaincinv(pairs / ratio + more, share))
+                 for more, share in ((0, 0.025), (1, 0.975)))
+    return {"n_eff": tries / pairs, "n_eff_low": tries / high, "n_eff_high": tries / low}
+
+
+def report(x, train, side, n_show=30):
+    """What images x (N, 1, H, W), or batches of them, are worth beside the training images: a dict.
+
+    Shares of n_samples correct by the tolerant counter, and exactly. Of the latter: how many are
+    distinct, `birthday`, unseen_share (no training image), tv, total variation from uniform over
+    all possible images, tv_floor, its mean for as many uniform draws (None without any).
+    coverage_exact: how many of coverage_n training images are among x.
+    """
+    n, correct, keys = 0, 0, []
+    for part in x.split(4096) if isinstance(x, torch.Tensor) else x:
+        n, correct = n + len(part), correct + has_two(part, side).sum().item()
+        keys.append(pack(part[has_two(part, side, count_exact)]))
+    keys, counts = torch.unique(torch.cat(keys), dim=0, return_counts=True)
+    shown = train[torch.randperm(len(train), generator=generator(0))[:n_show]]
+    s, p, tv, floor = counts.sum().item(), 1 / possible(train.shape[-1], side), None, None
+    if s:   # de Moivre's mean deviation of a binomial number, how often one image is drawn
+        tv, k = ((counts / s - p).abs().sum().item() + 1 - len(keys) * p) / 2, int(s * p)
+        floor = math.exp(math.log(math.comb(s - 1, k)) + k * math.log(p) + (s - k) * math.log1p(-p))
+    return {"n_samples": n, "correct": correct / n, "correct_exact": s / n, "distinct": len(keys),
+            **birthday(counts), "tv": tv, "tv_floor": floor,
+            "unseen_share": counts[~is_in(keys, train)].sum().item() / max(s, 1),
+            "coverage_exact": is_in(shown, keys).sum().item(), "coverage_n": len(shown)}
+
+
+def modes(kind):
+    """Gaussians in a plane: means (M, 2), their standard deviation, integer weights (M,). `ring`: 8
+    of radius 1; `grid`: 25, 2 apart; `circle`: 100 of radius 2 and a centre of weight 3."""
+    if kind == "grid":
+        return torch.cartesian_prod(*[torch.arange(-4., 5, 2)] * 2), 0.05, torch.ones(25).long()
+    n, radius, sigma, heart = {"ring": (8, 1, 0.01, 0), "circle": (100, 2, 0.05, 1)}[kind]
+    turn = torch.arange(n) * (2 * math.pi / n)
+    means = radius * torch.stack([turn.cos(), turn.sin()], 1)
+    return torch.cat([means, torch.zeros(heart, 2)]), sigma, torch.tensor([1] * n + [3] * heart)
+
+
+def draw_points(n, kind, seed=0):
+    """n points for each unit of weight of `modes`, float (N, 2), mode by mode."""
+    x, sigma = modes(kind)[0].repeat_interleave(n * modes(kind)[2], 0), modes(kind)[1]
+    return x + sigma * torch.randn(x.shape, generator=generator(seed))
+
+
+def report_points(x, kind):
+    """Of points (N, 2): how many `modes` have one within 3 standard deviations, the shares within 3
+    and 10 of any, reverse_kl of the shares of nearest modes from the true ones, 0 at best."""
+    means, sigma, weights = (torch.as_tensor(v, device=x.device) for v in modes(kind))
+    apart, nearest = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    share, true = nearest.bincount(minlength=len(means)) / len(x), weights / weights.sum()
+    return {"modes": len(nearest[apart < 3 * sigma].unique()),
+            **{f"within_{k}": (apart < k * sigma).float().mean().item() for k in (3, 10)},
+            "reverse_kl": torch.special.xlogy(share, share / true).sum().item()}

@@ -226,7 +226,9 @@ def sample(args, networks=core.build, prior=core.normal_prior):
                            gen=core.generator(0, device))
     t.G = networks(t.cfg)[0].to(device)
     t.G.load_state_dict(state["G"])
-    save_grid(torch.cat(list(core.generate(t.G, prior(t, args.n)))), args.out)
+    if (x := torch.cat(list(core.generate(t.G, prior(t, args.n))))).dim() != 4:
+        raise UserError(f"{args.sample} draws points, not images")
+    save_grid(x, args.out)
     print(args.out)
     return {"out": str(args.out), "n": args.n, "step": state["step"]}
 
@@ -372,7 +374,8 @@ STYLE = {
 }
 STYLE |= {new: STYLE[old] for new, old in {     # of other figures
     "fgd": "vanilla", "wor": "pcr", "iid": "sc", "real-wor": "sc+pcr", "epoch": "mixup",
-    "ema": "pcr", "r1": "sc", "optimistic": "sc+pcr"}.items()}
+    "ema": "pcr", "r1": "sc", "optimistic": "sc+pcr", "mix": "pcr", "wide": "sc",
+    "pooled": "sc+pcr", "many-g": "dup", "many-d": "mixup"}.items()}
 
 
 def style(arm):
