@@ -307,8 +307,8 @@ def distances(cfg, folder):
 
 
 def claims_distance(rows):
-    """W1 of two samples stays large; how fast the gap of a trained D falls. The theorem bounds it by
-    about sqrt(p / m), with a constant that is not known, so that no slope contradicts it."""
+    """W1 of two samples stays large; how fast the gap of a trained D falls. The theorem bounds it
+    by about sqrt(p / m), times a constant that is not known: no slope contradicts that."""
     ends, slopes = {}, {}
     for r in rows:
         # Of a sample smaller than p, the number of its weights, a D may know every point.
@@ -319,8 +319,8 @@ def claims_distance(rows):
             slopes.setdefault(r["line"], []).append(np.polyfit(*np.log(known).T, 1)[0])
     found = [(f"{W1} of N(0, I/d), {line}, {rows[0]['m'][-1]:,} points each", "1.1 or more",
               sweep.spread(v), sweep.verdict(v, [1.1, 1.1])) for line, v in ends.items()]
-    return found + [(f"slope of ln gap over ln m, D with {line} < m weights", "", sweep.spread(v), "")
-                    for line, v in slopes.items()]
+    return found + [(f"slope of ln gap over ln m, D with {line} < m weights", "", sweep.spread(v),
+                     "") for line, v in slopes.items()]
 
 
 def claims(rows):
