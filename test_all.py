@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -39,7 +40,10 @@ from PIL import Image
 from scipy import ndimage, stats
 from scipy.integrate import quad
 from scipy.linalg import sqrtm
+from scipy.special import gammaln
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bench
 import core
@@ -54,6 +58,7 @@ import harness
 import sweep
 import theory_sde as th
 from core import UserError
+from neighbours import mix_gan
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -903,6 +908,203 @@ def test_imports_and_exit_code_of_a_command(tmp_path, capsys):
         ends_in_one_line(capsys, lambda error=error: (_ for _ in ()).throw(error))
 
 
+# ------------------------------------------------------------------------ other devices than a CPU
+
+
+class NothingFromTheCPU(TorchDispatchMode):
+    """Refuses operations that mix tensors of two devices, and copies from one to the other."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs or {}))
+        devices = {x.device.type for x in given if isinstance(x, torch.Tensor)} | {
+            x.type for x in given if isinstance(x, torch.device) and func is not SCALAR}
+        assert len(devices) < 2, f"{func} of {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+SCALAR = torch.ops.aten.scalar_tensor.default
+
+
+def on_meta(monkeypatch):
+    """Let scripts build their trainers on `meta`, whose tensors have shapes and no numbers."""
+    meta, adam = torch.device("meta"), torch.optim.Adam
+    monkeypatch.setattr(harness, "pick_device", lambda name: meta)
+    monkeypatch.setattr(core, "generator", lambda seed, device="cpu": torch.Generator())
+    monkeypatch.setattr(torch.optim, "Adam", lambda params, lr, betas, fused: adam(
+        params, lr, betas))     # the fused one knows no such device
+    monkeypatch.setattr(fid, "scorer", lambda cfg, images, dims: (None, {}))
+    monkeypatch.setattr(fid, "load_inception", lambda *args, **kwargs: fid.Pixels())
+    monkeypatch.setattr(fid, "reference", lambda *args: (None, None))
+    monkeypatch.setattr(data, "load", lambda name, size, *args, **kwargs: torch.zeros(
+        64, 1 if name == "geometry" else 3, size, size, dtype=torch.uint8))
+
+
+def trainers(script, *argv):
+    """The trainers of all runs of a command, with their configurations."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        patch.setattr(sweep, "print_cost", lambda runs, run: found.extend((c, run) for c in runs))
+        script.main([*argv, "--preset", "smoke", "--dry-run"])
+    for cfg, run in found:
+        if cfg.arm in cfg.arms:
+            with pytest.raises(harness.DryRun) as stopped:
+                run(argparse.Namespace(**vars(cfg), dry=True), Path())
+            yield cfg, stopped.value.args[0]
+
+
+@pytest.mark.parametrize("script, argv", [
+    (pcr_natural, ["--model", "all", "--dataset", "geometry", "--arms", *pcr_natural.ARMS]),
+    *((script, ["--dataset", kind]) for script in (insufficiency, exp_sc, pixels)
+      for kind in ("geometry", "cifar10"))])
+def test_updates_need_no_cpu(script, argv, monkeypatch):
+    """No tensor of another device, no number read back, no shape that depends on numbers."""
+    on_meta(monkeypatch)
+    seen = set()
+    for cfg, t in trainers(script, *argv):
+        with NothingFromTheCPU():
+            for value in t.update().values():
+                assert value.device.type == "meta" and value.dtype == torch.float32
+        seen.add(cfg.arm)
+    assert seen >= set(cfg.arms) - {"ema"}             # a side product of vanilla
+
+
+@pytest.mark.parametrize("fault", [
+    lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake + torch.zeros(len(x_fake), 1, 1, 1)),
+    lambda t, x_real, x_fake: core.d_loss(t, x_real[torch.arange(len(x_real))], x_fake),
+    lambda t, x_real, x_fake: core.d_loss(t, x_real, torch.ones(3).mean().to(t.device) * x_fake),
+    lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake * x_fake.mean().item()),
+    lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake[x_fake.mean((1, 2, 3)) > 0])],
+    ids=["device", "index", "copy", "item", "shape"])
+def test_what_is_wrong_on_a_gpu_is_found(fault, monkeypatch):
+    on_meta(monkeypatch)
+    t = make_trainer(fault, data=uint8_images(16, 1, 8).to("meta"))
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)), NothingFromTheCPU():
+        t.update()
+
+
+@pytest.mark.parametrize("said, meant", [
+    ("Torch not compiled with CUDA enabled", "built without CUDA"),
+    ("Found no NVIDIA driver on your system. Please check", "no NVIDIA driver"),
+    ("The NVIDIA driver on your system is too old (found version 1)", "too old"),
+    ("CUDA error: invalid device ordinal", "no GPU of that number"),
+    ("CUDA out of memory. Tried to allocate 2.00 MiB", "memory is full"),
+    ("CUDA error: all CUDA-capable devices are busy or unavailable", "exclusive mode"),
+    ("something new\nand more", "something new")])
+def test_why_a_gpu_cannot_be_used(said, meant, monkeypatch):
+    def zeros(*args, device):
+        raise RuntimeError(said)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match=rf"--device cuda:1 .*{meant}.*--device cpu$"):
+        harness.pick_device("cuda:1")
+
+
+@pytest.mark.parametrize("cores, gib, environ, most", [
+    (16, 70, {}, 4), (2, 70, {}, 2), (16, 9, {}, 2), (16, 1, {}, 1),
+    (16, 70, {"LOCAL_RANK": "0"}, 1)])
+def test_runs_side_by_side_on_a_gpu(cores, gib, environ, most, monkeypatch):
+    monkeypatch.setattr(harness, "cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2 ** 30, 2 ** 37))
+    monkeypatch.setattr(os, "environ", environ)
+    assert sweep.side_by_side(torch.device("cuda", 0)) == most
+    assert sweep.side_by_side(torch.device("cpu")) == (1 if environ else cores)
+
+
+@pytest.mark.parametrize("n, batch", [(16, 4), (40, 4), (41, 40), (64, 2), (100_000, 64)])
+def test_batches_are_drawn_without_repeats(n, batch):
+    """A repeat, an image that is never drawn, or an order that says which images come."""
+    gen = core.generator(0)
+    draws = torch.stack([core.draw_index(n, batch, gen, "cpu") for _ in range(2000)])
+    assert all(len(set(d.tolist())) == batch for d in draws[:200])
+    assert draws.min() >= 0 and draws.max() < n
+    for column in (draws[:, 0], draws[:, -1]):          # every place is uniform by itself
+        assert stats.kstest((column + torch.rand(2000)) / n, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("model", ["wgangp", "sagan"])
+def test_bf16_passes_and_float32_everything_else(model):
+    """A weight, a penalty or a loss in bfloat16, a scored image that is not float32's."""
+    changes = dict(arch="sagan" if model == "sagan" else "dcgan", size=16, width=16, batch=16,
+                   gp_weight=0.0 if model == "sagan" else 10.0, flip=False)
+    t, twin = make_trainer(precision="bf16", **changes), make_trainer(**changes)
+    x = twin.real()
+    assert torch.equal(x, t.real())
+    with twin.normalised(), t.normalised():
+        d, expected = t.D(x), twin.D(x)
+    assert d.dtype == torch.float32
+    assert 0 < (d - expected).abs().max() < 0.05 * expected.abs().max()
+    for net, other in ((t.G, twin.G), (t.G_ema, twin.G_ema)):
+        z = t.latents(8)
+        assert torch.equal(net.eval()(z), other.eval()(z))
+        assert not torch.equal(net.train()(z), other.train()(z))
+    logs, expected = t.d_update(), twin.d_update()
+    for name, value in logs.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.05, abs=0.01)
+    t.update()
+    assert {p.dtype for net in (t.G, t.D) for p in net.parameters()} == {torch.float32}
+    assert t.state().keys() == twin.state().keys() and t.G_ema(z).shape == t.G(z).shape
+    nn.init.constant_(t.G_ema[-2].bias, 9.0)            # its passes are its own
+    assert t.G_ema(z).min() > 0.9 > t.G(z).min()
+
+
+def test_another_precision_is_another_configuration(tmp_path):
+    harness.fit(make_trainer(precision="bf16"), tmp_path / "bf16")
+    for old in ({}, {"precision": "fp32"}):     # a run of an earlier version, of this one
+        harness.fit(make_trainer(**old), tmp_path / f"fp32{len(old)}")
+        with pytest.raises(UserError, match="precision was fp32, is bf16"):
+            harness.fit(make_trainer(precision="bf16", steps=9), tmp_path / f"fp32{len(old)}")
+
+
+def test_spectral_norm_normalises_once_an_update():
+    """Two iterations of the power method, or a D that learns nothing where it is first called
+    without a graph."""
+    def arm(t, x_real, x_fake):
+        with torch.no_grad():
+            t.D(x_fake)
+        weights.extend(layer.weight for layer in 3 * [t.D[0]])
+        return core.d_loss(t, x_real, x_fake)
+
+    weights, t = [], make_trainer(arm, arch="sagan", loss="hinge", gp_weight=0.0, size=16)
+    layer = t.D[0].parametrizations.weight
+    w, v = layer.original.detach().flatten(1).clone(), layer[0]._v.clone()
+    before, logs = flat(t.D), t.d_update()
+    u = F.normalize(w @ v, dim=0)
+    torch.testing.assert_close(layer[0]._u, u)          # one step, from v
+    assert weights[0] is weights[2] and not torch.equal(flat(t.D), before) and logs["d_grad"] > 0
+    torch.testing.assert_close(weights[0].flatten(1), w / (u @ w @ layer[0]._v))
+
+
+def test_a_reference_is_computed_once(tmp_path, monkeypatch):
+    """Two processes at once: the second one waits, and reads what the first one wrote."""
+    images, calls = uint8_images(32, 1), []
+
+    def slow(*args, real=fid.features, **kwargs):
+        calls.append(1)
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fid, "features", slow)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(
+        fid.reference(fid.Pixels(), images, tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(found) == 3
+    assert all(torch.equal(feats, found[0][1]) for _, feats in found)
+
+
+def test_dry_run_says_what_a_sweep_costs(capsys, tmp_path):
+    pcr_natural.main(["--preset", "smoke", "--dataset", "geometry", "--dry-run", "--seeds", "0",
+                      "1", "--steps", "400000", "--jobs", "2", "--outdir", str(tmp_path)])
+    out = capsys.readouterr().out
+    hours = float(re.search(r"4 runs, 2 at a time: about ([\d.e+]+) hours here", out)[1])
+    update = [float(s) for s in re.findall(r"s0: ([\d.e-]+) s an update of G", out)]
+    assert len(update) == 2 and hours == pytest.approx(400_000 * sum(update) / 3600, rel=0.3)
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------------- geometry
 
 EIGHT = np.ones((3, 3), int)
@@ -1015,6 +1217,111 @@ def test_counters_equal_scipy(size, side, counter, reference):
     assert {0, 1, 2, 3, 4} <= set(n.tolist()) and 0.2 < clean.float().mean() < 0.9
     assert torch.equal(geometry.has_two(x, side, counter), (n == 2) & clean)
     assert torch.equal(torch.cat([counter(i[None], side)[0] for i in x[::50]]), n[::50])
+
+
+# ------------------------------------------------- the bench: what generated images are worth
+
+
+@pytest.mark.parametrize("size, side, gap", [(16, 4, 1), (32, 8, 1), (9, 3, 2), (8, 4, 1)])
+def test_number_of_possible_images(size, side, gap):
+    at = list(itertools.product(range(size - side + 1), repeat=2))
+    apart = (max(abs(a - c), abs(b - d)) >= side + gap
+             for (a, b), (c, d) in itertools.combinations(at, 2))
+    assert geometry.possible(size, side, gap) == sum(apart)
+    assert geometry.possible(16, 4) == 9_576 and geometry.possible(32, 8) == 133_008
+
+
+@pytest.mark.parametrize("size, side, n, s", [(16, 4, 9_576, 1_500), (32, 8, 133_008, 5_000)])
+def test_birthday_of_real_draws_is_the_number_of_possible_images(size, side, n, s):
+    row = geometry.report(geometry.draw(s, 2, size, side, seed=3), geometry.draw(64, 2, size, side),
+                          side)
+    assert row["n_eff_low"] < n < row["n_eff_high"] and row["correct"] == row["correct_exact"] == 1
+    assert row["n_eff_high"] < 2 * row["n_eff_low"]
+    assert row["tv"] == pytest.approx(row["tv_floor"], abs=0.01)
+    assert row["unseen_share"] > 0.9
+
+
+def test_birthday_by_hand_and_its_interval():
+    """n_eff is 1 / sum p^2, of equal and of unequal p, and the interval holds it 19 times of 20."""
+    row = geometry.birthday(torch.tensor([3, 2, 1]))            # 3 + 1 of 15 pairs
+    assert row["n_eff"] == 15 / 4
+    none = geometry.birthday(torch.ones(100))
+    assert none["n_eff"] is None and none["n_eff_high"] is None
+    assert none["n_eff_low"] == pytest.approx(4950 / -math.log(0.05))
+    assert geometry.birthday(torch.ones(0))["n_eff_low"] == 0
+    gen = core.generator(0)
+    for p in (torch.ones(500), 1 / torch.arange(1., 201)):
+        p, inside, found = p / p.sum(), 0, []
+        for _ in range(300):
+            row = geometry.birthday(torch.multinomial(p, 300, True, generator=gen).bincount())
+            inside += row["n_eff_low"] <= 1 / p.square().sum() <= row["n_eff_high"]
+            found.append(1 / row["n_eff"])
+        assert np.mean(found) == pytest.approx(p.square().sum().item(), rel=0.02)
+        assert 0.92 < inside / 300
+
+
+@pytest.mark.parametrize("s", [1, 50, 5_000, 30_000])
+def test_floor_of_total_variation_is_the_mean_of_uniform_draws(s):
+    n, train = 9_576, geometry.draw(64, 2, 16, 4)
+    floor = geometry.report(geometry.draw(s, 2, 16, 4, seed=1), train, 4)["tv_floor"]
+    k = np.arange(s + 1)
+    law = np.exp(gammaln(s + 1) - gammaln(k + 1) - gammaln(s - k + 1) - k * math.log(n)
+                 + (s - k) * math.log1p(-1 / n))
+    assert floor == pytest.approx(n / 2 * (law * abs(k / s - 1 / n)).sum(), rel=1e-6)
+    gen = core.generator(0)
+    drawn = [torch.randint(n, (s,), generator=gen).bincount(minlength=n) for _ in range(5)]
+    assert floor == pytest.approx(np.mean([(c / s - 1 / n).abs().sum() / 2 for c in drawn]),
+                                  abs=0.02)
+
+
+def test_report_against_brute_force():
+    train, fresh = geometry.draw(60, 2, 16, 4), geometry.draw(100, 2, 16, 4, seed=9)
+    ragged = fresh[:5].clone()
+    ragged[:, :, 0, 0] ^= 255                                   # tolerated, but not exact
+    x = torch.cat([train[:20], train[:7], fresh, ragged, geometry.draw(30, 3, 16, 4)])
+    row = geometry.report(x, train, 4)
+    good = [image.numpy().tobytes() for image in x[:127]]
+    known, counts = {i.numpy().tobytes() for i in train}, [good.count(k) for k in {*good}]
+    assert row["n_samples"] == 162 and row["correct_exact"] == 127 / 162
+    assert row["correct"] * 162 == geometry.has_two(x, 4).sum() > 127
+    assert row["distinct"] == len(counts)
+    assert row["n_eff"] == 127 * 126 / sum(c * (c - 1) for c in counts)
+    assert row["unseen_share"] == pytest.approx(sum(g not in known for g in good) / 127)
+    assert row["tv"] == pytest.approx((sum(abs(c / 127 - 1 / 9_576) for c in counts)
+                                       + 1 - len(counts) / 9_576) / 2, rel=1e-5)
+    order = torch.randperm(60, generator=core.generator(0))[:30]
+    assert row["coverage_exact"] == sum(t.numpy().tobytes() in {*good} for t in train[order])
+    assert row["coverage_n"] == 30
+    for same in (core.to_float(x), x.split(13)):                # floats, and batches
+        assert geometry.report(same, train, 4) == row
+    empty = geometry.report(torch.zeros(3, 1, 16, 16, dtype=torch.uint8), train, 4)
+    assert empty["tv"] is empty["tv_floor"] is empty["n_eff"] is None
+    assert empty["correct"] == empty["distinct"] == empty["unseen_share"] == 0
+
+
+@pytest.mark.parametrize("kind, n, radius", [("ring", 8, 1), ("grid", 25, 4), ("circle", 101, 2)])
+def test_points_of_the_true_law(kind, n, radius):
+    means, sigma, weights = geometry.modes(kind)
+    assert len(means) == len(weights) == n and means.abs().max() == pytest.approx(radius)
+    x = geometry.draw_points(400, kind)
+    assert len(x) == 400 * weights.sum() and weights.sum() == (103 if kind == "circle" else n)
+    row = geometry.report_points(x, kind)
+    assert row["modes"] == n and row["within_10"] == 1 and row["reverse_kl"] < 1e-3
+    if kind != "circle":                                        # whose modes overlap
+        assert row["within_3"] == pytest.approx(1 - math.exp(-4.5), abs=3e-3)
+        spread = (x - means.repeat_interleave(400, 0)).std()
+        assert spread == pytest.approx(sigma, rel=0.02)
+
+
+def test_points_by_hand():
+    """Two of eight modes of the ring, 3 to 1, one point 5 sigma off and one lost."""
+    x = torch.tensor([[1, 0], [1.02, 0], [1.05, 0], [0, 1.0]])
+    row = geometry.report_points(torch.cat([x, x + 1e-4]), "ring")
+    assert row["modes"] == 2 and row["within_3"] == 0.75 and row["within_10"] == 1
+    assert row["reverse_kl"] == pytest.approx(0.75 * math.log(6) + 0.25 * math.log(2), rel=1e-5)
+    assert geometry.report_points(torch.zeros(4, 2), "ring")["within_10"] == 0
+    assert geometry.report_points(torch.zeros(4, 2), "circle")["reverse_kl"] == pytest.approx(
+        math.log(103 / 3), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -2014,6 +2321,281 @@ def test_theory_checks_agree_and_a_wrong_law_is_found(smoke, tmp_path, monkeypat
     with pytest.raises(SystemExit) as stop:
         th.main(["--smoke", "--device", "cpu", "--outdir", str(tmp_path)])
     assert stop.value.code not in (0, None) and [*tmp_path.rglob("result.json")]
+
+
+# ----------------------------------------------------------------------------- MIX+GAN
+
+
+def mix_config(arm, dataset="geometry", *more):
+    """The configuration that the command gives a run."""
+    p = mix_gan.sweep.parser("", mix_gan.PRESETS["ring"], mix_gan.OWN, mix_gan.ARMS)
+    p.set_defaults(part="gan", dataset=dataset, data_dir=Path("."))
+    cfg, = mix_gan.configure(mix_gan.sweep.parse(p, "mix_gan.py", [
+        "--smoke", "--arms", arm, *map(str, more)]))
+    return cfg
+
+
+def mix_trainer(*args):
+    cfg = mix_config(*args)
+    return mix_gan.make_trainer(cfg, mix_gan.prepare(cfg, 8)[0])
+
+
+@pytest.mark.parametrize("dataset", ["ring", "geometry"])
+@pytest.mark.parametrize("arm", ["mix", "pooled", "frozen"])
+def test_a_mixture_of_one_is_vanilla(dataset, arm):
+    """The same first weights, batches and latents give the same networks after some updates."""
+    t, plain = (mix_trainer(a, dataset, "--components", 1) for a in (arm, "vanilla"))
+    for one in (t, plain):
+        one.prior = lambda t, n: torch.cat([torch.zeros(n, 1), torch.randn(
+            n, 4, generator=t.gen)], 1)[:, -t.cfg.z_dim:]
+    for _ in range(4):
+        t.update(), plain.update()
+    for several, one in ((t.G, plain.G), (t.D, plain.D)):
+        torch.testing.assert_close(flat(several.nets[0]), flat(one), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(t.preview(9), plain.preview(9), rtol=1e-4, atol=1)
+    assert t.G.weights().tolist() == [1]
+
+
+def softmax_gradient(q, losses, entropy):
+    """By hand: of sum q l and of the mean of -ln q, scaled by the spread, in the logits of q."""
+    return q * (losses - q @ losses) + entropy * (losses.max() - losses.min()) * (q - 1 / len(q))
+
+
+@pytest.mark.parametrize("entropy", [0, 0.7])
+def test_gradient_of_the_weights_is_the_payoffs(entropy):
+    t = mix_trainer("mix", "ring", "--mix-entropy", entropy)
+    with torch.no_grad():
+        t.G.logits.copy_(torch.tensor([0.3, -0.5, 0.1]))
+        t.D.logits.copy_(torch.tensor([-0.2, 0.4, 0.6]))
+    w, v, z = t.G.weights().detach(), t.D.weights().detach(), t.latent(9)
+    t.cfg.batch, t.prior = 9, lambda t, n: z
+    fakes = [net(part) for net, part in zip(t.G.nets, z[:, 1:].split(3))]
+    matrix = torch.stack([torch.stack([F.softplus(-D(x)).mean() for D in t.D.nets])
+                          for x in fakes]).detach()
+    loss, logs = mix_gan.g_loss(t)
+    grad, = torch.autograd.grad(loss, t.G.logits)
+    torch.testing.assert_close(grad, softmax_gradient(w, matrix @ v, entropy), rtol=1e-4, atol=1e-7)
+    assert logs["entropy_w"].item() == pytest.approx(-(w * w.log()).sum().item(), rel=1e-5)
+    payoff = w @ matrix @ v
+    spread = (matrix @ v).max() - (matrix @ v).min()
+    assert loss.item() == pytest.approx(
+        (payoff - entropy * spread * (w + 1e-6).log().mean()).item(), rel=1e-5)
+
+    x_real, x_fake = t.data[:9], torch.cat(fakes).detach()
+    losses = torch.stack([F.softplus(-D(x_real)).mean() + w @ torch.stack([
+        F.softplus(D(x)).mean() for x in x_fake.split(3)]) for D in t.D.nets]).detach()
+    loss, logs = mix_gan.mix(t, x_real, x_fake)
+    grad, no_grad = torch.autograd.grad(loss, [t.D.logits, t.G.logits], allow_unused=True)
+    torch.testing.assert_close(grad, softmax_gradient(v, losses, entropy), rtol=1e-4, atol=1e-7)
+    assert no_grad is None                                      # w is constant to D
+
+
+def test_each_critic_has_a_penalty_of_its_own(monkeypatch):
+    """Never one penalty of the sum of all critics' outputs."""
+    t, seen = mix_trainer("mix"), []
+    own = core.gradient_penalty
+    monkeypatch.setattr(core, "gradient_penalty", lambda D, *args: (
+        seen.append(D), own(D, *args))[1])
+    t.d_update()
+    assert all(a is b for a, b in zip(seen, t.D.nets)) and len(seen) == 3
+
+
+def test_pooled_networks_never_meet():
+    """Each of T pooled GANs has a full batch of its own, and no gradient from another."""
+    t = mix_trainer("pooled", "ring")
+    assert t.cfg.batch == 24 and not t.G.logits.requires_grad
+    loss, _ = mix_gan.g_loss(t)
+    D = t.D.nets[0]
+    grads = torch.autograd.grad(loss, [*t.G.nets[0].parameters()], retain_graph=True)
+    nn.init.zeros_(t.D.nets[1][0].weight), nn.init.zeros_(t.D.nets[2][0].weight)
+    z = t.latents(24)
+    t.prior = lambda t, n: z
+    alone = torch.autograd.grad(F.softplus(-D(t.G.nets[0](z[:8, 1:]))).mean(), [
+        *t.G.nets[0].parameters()])
+    again = torch.autograd.grad(mix_gan.g_loss(t)[0], [*t.G.nets[0].parameters()])
+    torch.testing.assert_close(alone, again)
+    assert len(grads) == len(alone)
+
+
+@pytest.mark.parametrize("dataset", list(mix_gan.PRESETS))
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_wide_has_as_many_weights_as_the_mixture(dataset, preset, n):
+    mixed, wide = (mix_config(arm, dataset, "--preset", preset, "--components", n)
+                   for arm in ("mix", "wide"))
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for net in mix_gan.networks(cfg) for p in net.parameters())
+                 for cfg in (mixed, wide)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
+@pytest.mark.parametrize("arm, shape", [("mix", (3, 3)), ("pooled", (3, 3)), ("many-g", (3, 1)),
+                                        ("many-d", (1, 3)), ("frozen", (3, 3))])
+def test_weights_learn_at_their_own_rate_or_not_at_all(arm, shape):
+    t = mix_trainer(arm, "ring", "--lr-w", 0.125)
+    assert (len(t.G.nets), len(t.D.nets)) == shape
+    before = flat(t.G), flat(t.D)
+    t.update()
+    moved = [(flat(net) - b).abs() for net, b in zip((t.G, t.D), before)]
+    for net, far, n in zip((t.G, t.D), moved, shape):
+        assert all(p.max() > 0 for p in far[len(net.logits):].split(200))
+        expected = 0.125 if n > 1 and arm not in ("frozen", "pooled") else 0
+        assert far[:n].max().item() == pytest.approx(expected, rel=1e-2, abs=1e-8)
+
+
+def test_whatever_is_drawn_comes_from_the_mixture():
+    """z's first entry picks a component by its weight, and the picked one alone makes the point."""
+    t = mix_trainer("mix", "ring")
+    with torch.no_grad():
+        t.G.logits.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
+    z = t.latents(20_000)
+    which = t.G.pick(z)
+    torch.testing.assert_close(which.bincount() / len(z), t.G.weights(), rtol=0, atol=0.01)
+    x = torch.cat(list(t.fakes(20_000)[""]))
+    for i, net in enumerate(t.G.nets):
+        torch.testing.assert_close(x[which == i], net(z[which == i, 1:]))
+    assert abs(np.corrcoef(which, z[:, 1])[0, 1]) < 0.03        # what a component sees is no clue
+    batch = t.fake()                                            # in training all have equal parts
+    assert len(batch) == t.cfg.batch and t.G.training
+
+
+def test_overlap_against_closed_forms():
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    q = torch.tensor([0.0, 0.2, 0.2, 0.6])
+    gen = core.generator(0)
+    a, b, c = (torch.multinomial(law, 20_000, True, generator=gen) for law in (p, q, p))
+    cosine = (p @ q / (p.norm() * q.norm())).item()
+    assert mix_gan.overlap([a, b]) == pytest.approx(cosine, abs=0.02)
+    assert mix_gan.overlap([a, c]) == pytest.approx(1, abs=0.02)
+    assert mix_gan.overlap([a, b, c]) == pytest.approx((1 + 2 * cosine) / 3, abs=0.02)
+    assert mix_gan.overlap([a, b + 9]) == 0 and mix_gan.overlap([a]) is None
+    assert mix_gan.overlap([torch.arange(5), torch.arange(5)]) is None      # no pair coincides
+    wide = [torch.randint(9_576, (3_000,), generator=gen) for _ in range(2)]
+    assert mix_gan.overlap(wide) == pytest.approx(1, abs=0.15)  # though most kinds are seen once
+    rows = [geometry.pack(geometry.draw(5, 2, 16, 4)).repeat(2, 1), torch.empty(0, 32).byte()]
+    assert mix_gan.overlap(rows) is None                        # one has no correct image
+
+
+@pytest.mark.parametrize("arm, calls", [("vanilla", 24), ("mix", 72), ("many-d", 72),
+                                        ("pooled", 72), ("many-g", 24)])
+def test_calls_of_d_are_counted(arm, calls):
+    """Of points, batch 8: 8 reals and 8 fakes in D's update, 8 fakes in G's, by each D."""
+    row = mix_gan.cost(mix_trainer(arm, "ring"), 2)
+    assert row["d_calls"] == 4 * calls and row["seconds"] > 0
+
+
+@pytest.mark.parametrize("dataset, arm", [("ring", "mix"), ("geometry", "mix"),
+                                          ("geometry", "pooled")])
+def test_mixture_stops_and_resumes_bit_for_bit(tmp_path, dataset, arm):
+    def fit_mixture(folder, stop=None):
+        t = mix_trainer(arm, dataset, "--steps", 6)
+        of_d = t.d_loss
+
+        def d_loss(t, x_real, x_fake):
+            t.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM)
+            return of_d(t, x_real, x_fake)
+
+        t.d_loss = d_loss
+        harness.fit(t, folder)
+        return t
+
+    whole = fit_mixture(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit_mixture(tmp_path / "cut", stop=3)
+    fit_mixture(tmp_path / "cut")
+    check_same(tmp_path / "whole" / "ckpt.pt", tmp_path / "cut" / "ckpt.pt")
+    assert (whole.G.logits.abs().max() > 0) == (arm == "mix")
+
+
+def test_mix_smoke_and_samples(tmp_path, capsys):
+    """All arms of rectangles to the figure; a picture of the mixture from a checkpoint."""
+    arms = list(mix_gan.ARMS)
+    result = mix_gan.main(["--dataset", "geometry", "--smoke", "--outdir", str(tmp_path)])
+    folder = tmp_path / "mix_gan" / "geometry-smoke"
+    assert [r["arm"] for r in result["rows"]] == arms
+    for r in result["rows"]:
+        assert {"correct", "correct_exact", "distinct", "tv", "unseen_share", "coverage_exact",
+                "parts", "overlap", "n_weights", "seconds", "d_calls", "curve"} <= r.keys() | {"tv"}
+        assert len(r["parts"]) == (3 if r["arm"] in ("mix", "pooled", "many-g", "frozen") else 1)
+        assert all(sum(r[k]) == pytest.approx(1) for k in "wv" if k in r)
+        assert len(r["curve"]) == 2 and bool(r["entropy"]) == (r["arm"] in (
+            "mix", "many-g", "many-d", "frozen"))
+    assert all("against vanilla, wide, pooled" in c["verdict"] for c in result["claims"])
+    (folder / "figure.png").unlink()
+    mix_gan.main(["--plot", str(folder)])
+    assert Image.open(folder / "figure.png").width > 1000
+    out, ckpt = tmp_path / "grid.png", folder / "mix-s0" / "ckpt.pt"
+    mix_gan.main(["--sample", str(ckpt), "--n", "9", "--out", str(out)])
+    state = harness.read_checkpoint(ckpt)
+    cfg = argparse.Namespace(**state["config"])
+    t = mix_gan.make_trainer(cfg, mix_gan.prepare(cfg, 8)[0])
+    t.load(state)
+    harness.save_grid(torch.cat(list(t.fakes(9)[""])), tmp_path / "same.png")
+    assert out.read_bytes() == (tmp_path / "same.png").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["ring", "grid", "cifar10"])
+def test_mix_smoke_on_other_data(tmp_path, monkeypatch, dataset):
+    monkeypatch.setattr(data, "load", lambda *args, **kw: uint8_images(64, size=32))
+    monkeypatch.setattr(fid, "load_inception", lambda *args, **kw: fid.Pixels())
+    result = mix_gan.main(["--dataset", dataset, "--smoke", "--seeds", "0", "1", "--outdir",
+                           str(tmp_path), "--arms", *mix_gan.ARMS, "--data-dir", str(tmp_path)])
+    assert len(result["rows"]) == 14 and all(c["verdict"] for c in result["claims"])
+    assert (tmp_path / "mix_gan" / f"{dataset}-smoke" / "figure.png").exists()
+
+
+def test_distances_between_two_samples(tmp_path):
+    """W1 by another route in one dimension; the command to its figure."""
+    result = mix_gan.main(["--part", "distance", "--smoke", "--seeds", "0", "1", "--outdir",
+                           str(tmp_path)])
+    assert {r["what"] for r in result["rows"]} == {mix_gan.W1, *mix_gan.GAPS}
+    assert all(len(r["m"]) == len(r["y"]) for r in result["rows"])
+    assert {r["line"] for r in result["rows"]} == {"d = 64", "p = 133", "p = 265"}
+    assert result["claims"][0]["verdict"] == "holds"
+    assert (tmp_path / "mix_gan" / "distance-smoke" / "figure.png").exists()
+    cfg = argparse.Namespace(seed=0, w1_d=[1], w1_m=[200], hidden=[], gap_m=[])
+    row, = mix_gan.distances(cfg, tmp_path / "line")
+    torch.manual_seed(0)
+    x, y = torch.randn(200), torch.randn(200)
+    assert row["y"][0] == pytest.approx(stats.wasserstein_distance(x, y), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sample_of_a_gaussian_is_far_and_a_trained_critic_does_not_see_it(tmp_path):
+    """d = 64, m = 1,000: W1 is 1.115; a D with few weights hardly tells large samples apart."""
+    cfg = argparse.Namespace(seed=1, w1_d=[64], w1_m=[1000], hidden=[2, 16], updates=300,
+                             gap_m=[64, 4096])
+    rows = {(r["what"], r["line"]): r["y"] for r in mix_gan.distances(cfg, tmp_path)}
+    assert rows[mix_gan.W1, "d = 64"][0] == pytest.approx(1.115, abs=0.01)
+    few, many = (rows[mix_gan.GAPS[0], f"p = {p}"] for p in (133, 1_057))
+    assert many[0] > few[0] > 0.4 > 0.2 > few[1]
+    assert all(abs(v) < 0.03 for (what, _), y in rows.items() if what == mix_gan.GAPS[1] for v in y)
+
+
+def test_claims_of_distances_by_hand():
+    def row(what, line, y, seed):
+        return {"what": what, "line": line, "seed": seed, "m": [10, 100, 1000, 10_000], "y": y}
+
+    rows = [row(what, line, y, seed) for seed in (0, 1) for what, line, y in (
+        (mix_gan.W1, "d = 64", [2, 1.5, 1.3, 1.2 + seed / 50]),
+        (mix_gan.W1, "d = 9", [2, 1.5, 1.3, 1]),
+        (mix_gan.GAPS[0], "p = 99", [1, 0.1, 0.1 / 10 ** 0.5, 0.01]),
+        (mix_gan.GAPS[0], "p = 999", [1, 1, 0.1, 0.01]),
+        (mix_gan.GAPS[0], "p = 9999", [1, 0.9, 0.9, 0.9]))]
+    far, near, falls, steep = mix_gan.claims(rows)                  # p = 9999: m never exceeds it
+    assert far["verdict"] == "holds" and far["ours"] == "1.21 (1.2 to 1.22)"
+    assert near["verdict"] == "no"
+    assert falls["ours"] == "-0.5" and falls["verdict"] == steep["verdict"] == ""
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset", "geometry", "--size", "8", "--base", "2"], "at least 16"),
+    (["--dataset", "ring", "--components", "0"], "--components is 0"),
+    (["--dataset", "ring", "--n-train", "1", "--batch", "9"], "only 8 training images")])
+def test_mistakes_in_mix_gan(tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
+        mix_gan.main(["--smoke", "--outdir", str(tmp_path), *args])
 
 
 # ------------------------------------------------------------------------------ results and docs
