@@ -79,7 +79,8 @@ def put(path, text):
 
 def main():
     found = results()
-    largest = [result for name, result in found.items() if f"{name}-paper" not in found]
+    largest = [result for name, result in found.items()
+               if f"{name}-paper" not in found and not name.endswith("-bf16")]
     put("README.md", claims(largest, front=True))
     put("docs/results.md", "\n".join(provenance(*item) for item in found.items()))
     put("docs/theory.md", fixes(found["theory_sde"]))
