@@ -954,8 +954,8 @@ def trainers(script, *argv):
 
 @pytest.mark.parametrize("script, argv", [
     (pcr_natural, ["--model", "all", "--dataset", "geometry", "--arms", *pcr_natural.ARMS]),
-    *((script, ["--dataset", kind]) for script in (insufficiency, exp_sc, pixels)
-      for kind in ("geometry", "cifar10"))])
+    *((script, ["--dataset", kind]) for script in (insufficiency, exp_sc, pixels, mix_gan)
+      for kind in ("geometry", "cifar10")), (mix_gan, ["--dataset", "ring"])])
 def test_updates_need_no_cpu(script, argv, monkeypatch):
     """No tensor of another device, no number read back, no shape that depends on numbers."""
     on_meta(monkeypatch)
@@ -1007,6 +1007,34 @@ def test_runs_side_by_side_on_a_gpu(cores, gib, environ, most, monkeypatch):
     monkeypatch.setattr(os, "environ", environ)
     assert sweep.side_by_side(torch.device("cuda", 0)) == most
     assert sweep.side_by_side(torch.device("cpu")) == (1 if environ else cores)
+
+
+@pytest.mark.parametrize("environ, threads", [
+    ({"GAN_WORKERS": "4", "GAN_PARENT": str(os.getppid())}, 4), ({"LOCAL_WORLD_SIZE": "8"}, 2), (
+        {}, 1)])
+def test_processes_of_a_sweep_share_the_cores(environ, threads, monkeypatch, tmp_path):
+    """torchrun sets one thread a process; a worker takes all cores unless it is told not to."""
+    monkeypatch.setattr(harness, "cores", lambda: 16)
+    monkeypatch.setattr(sweep, "follow", lambda: None)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found, cfg = [], config(run="a", jobs=1)
+    args = argparse.Namespace(outdir=tmp_path, script="x", name=None, resume=False)
+    try:
+        with contextlib.suppress(SystemExit):           # as workers end
+            sweep.train_all(args, "sweep", [cfg], lambda cfg, folder: found.append(
+                torch.get_num_threads()) or {})
+    finally:
+        torch.set_num_threads(1)
+    assert found == [threads] and (tmp_path / "x" / "sweep" / "a" / "row.json").exists()
+
+
+def test_a_note_where_bfloat16_is_slow(capsys, monkeypatch):
+    for text, told in (("flags : avx2", True), ("flags : avx512_bf16", False)):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        sweep.note_bf16("fp32", torch.device("cpu"))
+        sweep.note_bf16("bf16", torch.device("cpu"))
+        assert ("slower here than fp32" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("n, batch", [(16, 4), (40, 4), (41, 40), (64, 2), (100_000, 64)])
