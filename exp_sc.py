@@ -110,23 +110,25 @@ def score(t):
 
 
 def coverage(t, images, n_show=30):
-    """Mode coverage, Figure 7: how many of n_show training images are among n_cover samples, and,
-    which the paper lacks, the share of correct samples that are no training image. -> a dict, and
-    uint8 (n_show, 2, H, W), each training image beside its nearest sample."""
+    """What n_cover samples are worth, `geometry.report`; mode coverage, Figure 7, is how many of
+    n_show training images are among them. -> a dict, and uint8 (n_show, 2, H, W), each of these
+    training images beside its nearest sample."""
     shown = images[torch.randperm(len(images), generator=core.generator(0))[:n_show]]
-    wanted, nearest, keys = geometry.lit(shown).flatten(1).float(), shown, []
+    wanted, nearest = geometry.lit(shown).flatten(1).float(), shown
     least = wanted.new_full([len(shown)], torch.inf)            # pixels apart
-    for x in core.generate(t.G, t.latents(t.cfg.n_cover, seed=2)):
-        apart, index = torch.cdist(wanted, geometry.lit(x).flatten(1).float(), p=1).min(1)
-        nearest = torch.where((apart < least).view(-1, 1, 1, 1), x[index], nearest)
-        least = least.minimum(apart)
-        keys.append(geometry.pack(x[geometry.has_two(x, t.cfg.size // 4, geometry.count_exact)]))
-    keys = torch.cat(keys)
-    new = (~geometry.is_in(keys, images)).sum().item()
-    return {"coverage_exact": (least == 0).sum().item(), "coverage_n": len(shown),
-            "n_cover": t.cfg.n_cover, "distinct": geometry.count_distinct(keys),
-            "distinct_train": geometry.count_distinct(images),
-            "unseen_share": new / max(len(keys), 1)}, torch.cat([shown, nearest], 1)
+
+    def samples():
+        nonlocal nearest, least
+        for x in core.generate(t.G, t.latents(t.cfg.n_cover, seed=2)):
+            apart, index = torch.cdist(wanted, geometry.lit(x).flatten(1).float(), p=1).min(1)
+            nearest = torch.where((apart < least).view(-1, 1, 1, 1), x[index], nearest)
+            least = least.minimum(apart)
+            yield x
+
+    row = geometry.report(samples(), images, t.cfg.size // 4, n_show)
+    row = {k: v for k, v in row.items() if not k.startswith("correct")}     # as last scored
+    return {"n_cover": row.pop("n_samples"), **row, "distinct_train":
+            geometry.count_distinct(images)}, torch.cat([shown, nearest], 1)
 
 
 def to_90(row, column=1):
