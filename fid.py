@@ -11,13 +11,12 @@ import json
 import os
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
@@ -31,46 +30,38 @@ FLAGS = {   # of the scripts that score images, as sweep.FLAGS
     "n_real": (int, 2, 10 ** 9, "real images in the reference; default all"),
     "ref_split": (("train", "test", "all"), "real images to score against; default: --split"),
     "dims": (DIMS, "features of the distance"),
-    "fid_weights": (str, "Inception weights; default: data-dir or a download"),
-}
+    "fid_weights": (str, "Inception weights; default: data-dir or a download")}
 PUBLISHED = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth",    # address and sha256
              "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 
-# A tuple is a convolution: width, kernel, stride, padded (with stride 2 never). A dict is a block
-# of parallel branches, each a chain of convolutions, that of `branch_pool` after `pool`.
+# A tuple is a convolution: width, kernel, stride, padding (else what keeps the size). A dict is a
+# block of parallel branches, each a chain of convolutions, that of `branch_pool` after `pool`.
 WIDE, TALL, FORK = (1, 7), (7, 1), [(384, (1, 3)), (384, (3, 1))]   # a fork: both see the same
 POOL, AVERAGE = nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 LAYERS = {
-    "Conv2d_1a_3x3": (32, 3, 2), "Conv2d_2a_3x3": (32, 3, 1, False),
-    "Conv2d_2b_3x3": (64, 3), "maxpool1": POOL,
-    "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3, 1, False), "maxpool2": POOL,
-    **{f"Mixed_5{letter}": {
-        "branch1x1": [(64, 1)], "branch5x5_{}": [(48, 1), (64, 5)],
-        "branch3x3dbl_{}": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(w, 1)]}
-        for letter, w in zip("bcd", (32, 64, 64))},
-    "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl_{}": [(64, 1), (96, 3), (96, 3, 2)],
-                 "branch_pool": [], "pool": POOL},
-    **{f"Mixed_6{letter}": {
-        "branch1x1": [(192, 1)], "branch7x7_{}": [(w, 1), (w, WIDE), (192, TALL)],
-        "branch7x7dbl_{}": [(w, 1), (w, TALL), (w, WIDE), (w, TALL), (192, WIDE)],
-        "branch_pool": [(192, 1)]} for letter, w in zip("bcde", (128, 160, 160, 192))},
-    "Mixed_7a": {"branch3x3_{}": [(192, 1), (320, 3, 2)], "branch7x7x3_{}": [
-        (192, 1), (192, WIDE), (192, TALL), (192, 3, 2)], "branch_pool": [], "pool": POOL},
-    **{f"Mixed_7{letter}": {
-        "branch1x1": [(320, 1)], "branch3x3_{}": [(384, 1), FORK],
-        "branch3x3dbl_{}": [(448, 1), (384, 3), FORK], "branch_pool": [(192, 1)], "pool": pool}
-        for letter, pool in zip("bc", (AVERAGE, nn.MaxPool2d(3, 1, 1)))},
-}
+    "Conv2d_1a_3x3": (32, 3, 2, 0), "Conv2d_2a_3x3": (32, 3, 1, 0), "Conv2d_2b_3x3": (64, 3),
+    "maxpool1": POOL, "Conv2d_3b_1x1": (80, 1), "Conv2d_4a_3x3": (192, 3, 1, 0), "maxpool2": POOL,
+    **{f"Mixed_5{i}": {"branch1x1": [(64, 1)], "branch5x5_{}": [(48, 1), (64, 5)],
+                       "branch3x3dbl_{}": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(w, 1)]}
+       for i, w in zip("bcd", (32, 64, 64))},
+    "Mixed_6a": {"branch3x3": [(384, 3, 2, 0)], "branch3x3dbl_{}": [
+        (64, 1), (96, 3), (96, 3, 2, 0)], "branch_pool": [], "pool": POOL},
+    **{f"Mixed_6{i}": {"branch1x1": [(192, 1)], "branch7x7_{}": [(w, 1), (w, WIDE), (192, TALL)],
+                       "branch7x7dbl_{}": [(w, 1), (w, TALL), (w, WIDE), (w, TALL), (192, WIDE)],
+                       "branch_pool": [(192, 1)]} for i, w in zip("bcde", (128, 160, 160, 192))},
+    "Mixed_7a": {"branch3x3_{}": [(192, 1), (320, 3, 2, 0)], "branch7x7x3_{}": [
+        (192, 1), (192, WIDE), (192, TALL), (192, 3, 2, 0)], "branch_pool": [], "pool": POOL},
+    **{f"Mixed_7{i}": {"branch1x1": [(320, 1)], "branch3x3_{}": [(384, 1), FORK], "branch3x3dbl_{}":
+                       [(448, 1), (384, 3), FORK], "branch_pool": [(192, 1)], "pool": pool}
+       for i, pool in zip("bc", (AVERAGE, nn.MaxPool2d(3, 1, 1)))}}
 
 
 class ConvBN(nn.Sequential):
-    def __init__(self, c_in, width, kernel, stride=1, padded=True):
+    def __init__(self, c_in, width, kernel, stride=1, padding="same"):
         super().__init__()
-        padding = "same" if padded and stride == 1 else "valid"
         self.conv = nn.Conv2d(c_in, width, kernel, stride, padding, bias=False)
-        self.bn, self.relu = nn.BatchNorm2d(width, eps=0.001), nn.ReLU(inplace=True)
-        self.width = width
+        self.bn, self.relu, self.width = nn.BatchNorm2d(width, 0.001), nn.ReLU(inplace=True), width
 
 
 class Mixed(nn.Module):
@@ -89,26 +80,20 @@ class Mixed(nn.Module):
             self.width += width
 
     def forward(self, x):
-        outs = [x] * len(self.chains)
-        for i, chain in enumerate(self.chains):
-            for layers in chain:
-                outs[i] = torch.cat([layer(outs[i]) for layer in layers], 1)
-        return torch.cat(outs, 1)
+        def step(x, layers):
+            return torch.cat([layer(x) for layer in layers], 1)
+        return torch.cat([reduce(step, chain, x) for chain in self.chains], 1)
 
 
-def resized(x, size=299):
-    """uint8 (B, C, H, W) -> float32 (B, C, size, size) in [-1, 1], bilinear as in pytorch-fid."""
-    x = F.interpolate(x.float() / 255, (size, size), mode="bilinear", align_corners=False)
-    return 2 * x - 1
+def resized(x):
+    """uint8 (B, C, H, W) -> float32 (B, C, 299, 299) in [-1, 1], bilinear as in pytorch-fid."""
+    return 2 * nn.functional.interpolate(x.float() / 255, (299, 299), mode="bilinear") - 1
 
 
 class Inception(nn.Sequential):
     """Inception-v3 up to the output of width `dims`, averaged over positions, as in every published
     FID: unlike torchvision's, whose parameter names it has, its averages leave the padding out and
     its last block pools by maximum. uint8 (B, 1 or 3, H, W) of any size -> float32 (B, dims)."""
-
-    device = property(lambda self: next(self.parameters()).device)
-    dtype = property(lambda self: next(self.parameters()).dtype)
 
     def __init__(self, dims=2048):
         super().__init__()
@@ -123,42 +108,38 @@ class Inception(nn.Sequential):
 
     def identify(self, sha256, precision="fp32"):
         """Set what depends on the weights; `id` tells apart any two nets whose features differ."""
-        self.weights_sha256 = sha256
-        self.standard = (self.dims, sha256, precision) == (2048, PUBLISHED[1], "fp32")
+        self.weights_sha256, fp32 = sha256, precision == "fp32"
+        self.standard = fp32 and (self.dims, sha256) == (2048, PUBLISHED[1])
         self.label = f"FD-{self.dims}" if self.dims < 2048 else "FID" if self.standard else "FID*"
-        self.id = (f"inception-2015-{self.dims}-pytorch-fid-{sha256[:16]}"
-                   + "-bf16" * (precision == "bf16"))
+        self.id = f"inception-2015-{self.dims}-pytorch-fid-{sha256[:16]}" + "-bf16" * (not fp32)
 
     @torch.no_grad()
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 (B, 1 or 3, H, W), not {x.dtype} {x.shape}")
-        x = resized(x).expand(-1, 3, -1, -1)
-        x = x.to(self.dtype, memory_format=torch.channels_last)     # 1.7 times faster on a CPU
+        like = next(self.parameters())
+        x = resized(x.to(like.device)).expand(-1, 3, -1, -1)
+        x = x.to(like.dtype, memory_format=torch.channels_last)     # 1.7 times faster on a CPU
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):    # on any device the same
             return super().forward(x).float().mean((2, 3))
 
 
-class Pixels(nn.Module):
+class Pixels:
     """Pixels in [0, 1], averaged to at most 16 a side: uint8 (B, C, H, W) -> float32 (B, F)."""
-
-    label, device = "FD-px", None   # runs wherever the images are
+    label = "FD-px"
 
     def __init__(self, size_max=16):
-        super().__init__()
         self.size_max, self.id = size_max, f"pixels-{size_max}"
 
-    def forward(self, x):
+    def __call__(self, x):
         size = [min(n, self.size_max) for n in x.shape[2:]]
-        return F.adaptive_avg_pool2d(x.float() / 255, size).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(x.float() / 255, size).flatten(1)
 
 
-def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu",
-                   precision="fp32"):
-    """The frozen network in eval mode, its batch norms folded into the convolutions, in float32 or
-    (`bf16`) bfloat16. Draws no random number. Weights: a file, else $FID_WEIGHTS, else a .pth in
-    data_dir/inception, first the published one, which is downloaded if there is none. UserError for
-    a file without weights."""
+def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu", precision="fp32"):
+    """The frozen network in eval mode, batch norms folded into convolutions. Weights: a file, else
+    $FID_WEIGHTS, else a .pth in data_dir/inception, first the published one, which is downloaded
+    if there is none; UserError for a file without them. Draws no random number."""
     with torch.device("meta"):
         net = Inception(dims).eval()
     published = Path(data_dir, "inception", PUBLISHED[0].rpartition("/")[2])
@@ -187,34 +168,29 @@ def load_inception(dims=2048, weights=None, data_dir=data.DATA_DIR, device="cpu"
     net.load_state_dict({k: state[k].float() for k in needed}, strict=False, assign=True)
     for name, layer in net.named_modules():
         if isinstance(layer, ConvBN):
-            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+            layer.conv, layer.bn = nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
             if not all(v.isfinite().all() for v in layer.parameters()):
                 raise UserError(f"{path}: {name}, its batch norm folded in, is not finite")
-    return net.requires_grad_(False).to(
-        device, torch.bfloat16 if precision == "bf16" else torch.float32,
-        memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return net.requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
 
 class Statistics:
     """Mean and covariance (divided by n - 1) of features that come in batches, in float64, O(F^2),
     on their device. Sums are about the first batch's mean: equal features have covariance 0."""
 
-    def __init__(self):
-        self.n = 0
+    def __init__(self, n=0, shift=0, total=0, outer=0):
+        self.n, self.shift, self.sum, self.outer = n, shift, total, outer
 
     @classmethod
     def of(cls, mean, cov, n):
-        self = cls()
-        self.n, self.shift, self.sum, self.outer = n, mean, torch.zeros_like(mean), cov * (n - 1)
-        return self
+        return cls(n, mean, torch.zeros_like(mean), cov * (n - 1))
 
     def add(self, features):
         """Count in features (B, F). Raises UserError if one of them is not finite."""
         x = features.detach().double()
-        check_finite(f"features of images {self.n} to {self.n + len(x) - 1}", x)
-        if not self.n:
-            self.shift, dims = x.mean(0), x.shape[1]
-            self.sum, self.outer = x.new_zeros(dims), x.new_zeros(dims, dims)
+        check(f"features of images {self.n} to {self.n + len(x) - 1}", x)
+        self.shift = self.shift if self.n else x.mean(0)
         x = x - self.shift
         self.sum += x.sum(0)
         self.outer += x.T @ x
@@ -229,19 +205,20 @@ class Statistics:
         return (self.outer - self.sum.outer(self.sum) / self.n) / (self.n - 1)
 
 
-def check_finite(what, *values):
-    """UserError unless all numbers are finite, and small enough for the products made of them."""
+def check(what, *values, few=0):
+    """UserError unless all have more than `few` rows, and finite numbers of which products fit."""
+    if min(map(len, values)) <= few:
+        raise UserError(f"{what}: more than {few} images are needed on either side")
     if not all((torch.as_tensor(v).abs() < 1e15).all() for v in values):
         raise UserError(f"{what}: numbers that are not finite, or above 1e15")
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), Heusel et al. (2017), as a float >= 0.
-    The trace of the root is the sum of the roots of the eigenvalues of S1^1/2 S2 S1^1/2: real by
-    construction, also for singular covariances. Directions in which S1 is zero to rounding (by
-    numpy's matrix_rank rule) are left out; their noise would add up."""
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), Heusel et al. (2017), as a float >= 0. The trace
+    of the root is the sum of the roots of the eigenvalues of S1^1/2 S2 S1^1/2, which are real.
+    Directions where S1 is zero (by numpy's matrix_rank rule) are left out: noise adds up."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(v).double() for v in (mu1, cov1, mu2, cov2))
-    check_finite("means and covariances", mu1, cov1, mu2, cov2)
+    check("means and covariances", mu1, cov1, mu2, cov2)
     values, vectors = torch.linalg.eigh(cov1)
     keep = values > values[-1].abs() * len(values) * torch.finfo(torch.float64).eps
     root = vectors[:, keep] * values[keep].sqrt()
@@ -254,9 +231,7 @@ def kid(fa, fb, subsets=100, subset_size=1000, seed=0):
     """Kernel distance, Bińkowski et al. (2018): unbiased MMD^2 with k(x, y) = (x.y / F + 1)^3.
     Features (N, F), (M, F) -> (mean, std) over random subsets of min(subset_size, N/2, M/2) images,
     so that those of a small set differ. std is their spread, not the mean's error."""
-    if min(len(fa), len(fb)) < 2:
-        raise UserError("KID needs at least 2 images on either side")
-    check_finite("features for KID", fa, fb)
+    check("features for KID", fa, fb, few=1)
     m, values, gen = min(subset_size, max(min(len(fa), len(fb)) // 2, 2)), [], generator(seed)
     for _ in range(subsets):
         x, y = (f[torch.randperm(len(f), generator=gen)[:m].to(f.device)].float() for f in (fa, fb))
@@ -271,15 +246,12 @@ def precision_recall(fa_real, fb_fake, k=3, block=1000):
     """Improved precision and recall, Kynkäänniemi et al. (2019), of features (N, F), (M, F).
     A set's manifold is all balls around an image that reach its k-th neighbour. Precision is the
     share of fakes in the real manifold, recall that of reals in the fakes'; by blocks of images."""
-    if min(len(fa_real), len(fb_fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on either side")
-    check_finite("features for precision and recall", fa_real, fb_fake)
+    check("features for precision and recall", fa_real, fb_fake, few=k)
 
     def share_inside(x, y):     # the nearest of all to an image is itself
         radii = torch.cat([torch.cdist(b, y).kthvalue(k + 1)[0] for b in y.split(block)])
         inside = [(torch.cdist(b, y) <= radii).any(1) for b in x.split(block)]
         return torch.cat(inside).double().mean().item()
-
     real, fake = fa_real.double(), fb_fake.double()
     return share_inside(fake, real), share_inside(real, fake)
 
@@ -287,59 +259,51 @@ def precision_recall(fa_real, fb_fake, k=3, block=1000):
 def rank_note(n, dims):
     """A warning if n images cannot fill a covariance of `dims` dimensions, else None."""
     if n <= dims:
-        return (f"{n} images leave a covariance of {dims} dimensions rank-deficient: the distance "
-                "is biased upwards, compare it only with others at the same n")
+        return (f"{n} images for {dims} dimensions: the covariance is rank-deficient, the distance "
+                "biased upwards, to be compared only at the same n")
 
 
 def features(net, batches, device=None, keep=False):
-    """Statistics of uint8 batches (B, C, H, W), each moved to `device`, and, if `keep`, all their
-    features as float32 (N, F), else None."""
-    stats, kept = None, []
+    """Statistics of uint8 batches, moved to `device`, and, if `keep`, their features (N, F)."""
+    stats, kept = Statistics(), []
     for batch in tqdm(batches, desc="features", unit="batch", disable=None, delay=5, leave=False):
-        out = net(batch.to(device or net.device or batch.device))
-        stats = stats or Statistics()
+        out = net(batch.to(device or batch.device))
         stats.add(out)
         kept += [out] if keep else []
-    if stats is None:
+    if not stats.n:
         raise UserError("no images to take features of")
     return stats, torch.cat(kept) if keep else None
 
 
 def reference(net, images, cache_dir, device="cpu"):
-    """Statistics and features (N, F) of images, uint8 (N, C, H, W), kept in a file of `cache_dir`
-    that a hash of the images and of the network's `id` names, so that it cannot go stale. Of
-    several processes one computes it, and the others wait."""
+    """Statistics and features (N, F) of images, uint8 (N, C, H, W), kept in `cache_dir` by a hash
+    of images and network. Of several processes one computes them, and the others wait."""
     key = hashlib.sha256(f"{net.id} {tuple(images.shape)}".encode())
     key.update(images.cpu().contiguous().numpy())
     path = Path(cache_dir) / f"features-{key.hexdigest()[:32]}.npz"
     with lock(path.with_suffix(".lock"), "wait"):
         with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
-            mean, cov, feats = (torch.from_numpy(f[k]).to(device)
-                                for k in ("mu", "sigma", "features"))
-            return Statistics.of(mean, cov, len(images)), feats
+            saved = [torch.from_numpy(f[k]).to(device) for k in ("mu", "sigma", "features")]
+            return Statistics.of(*saved[:2], len(images)), saved[2]
         stats, feats = features(net, images.split(BATCH), device, keep=True)
         with contextlib.suppress(OSError), atomic(path) as tmp:   # a read-only folder: no cache
             np.savez(tmp, features=feats.cpu(), mu=stats.mean.cpu(), sigma=stats.cov.cpu())
     return stats, feats
 
 
-def score(net, ref_stats, ref_feats, batches, with_kid=True, prc=False):
-    """Dict of distance, n_fid, kid, kid_std (and precision, recall) of uint8 batches against a
-    reference, whose `ref_feats` may be None where only the distance is asked for."""
-    stats, feats = features(net, batches, keep=with_kid or prc)
-    row = {"distance": frechet_distance(ref_stats.mean, ref_stats.cov, stats.mean, stats.cov),
-           "n_fid": stats.n}
-    if with_kid:
-        row["kid"], row["kid_std"] = kid(ref_feats, feats)
+def score(net, ref, ref_feats, batches, prc=False):
+    """{distance, n_fid, kid, kid_std (and precision, recall)} of batches against a reference."""
+    stats, feats = features(net, batches, keep=True)
+    row = {"distance": frechet_distance(ref.mean, ref.cov, stats.mean, stats.cov), "n_fid": stats.n}
+    row["kid"], row["kid_std"] = kid(ref_feats, feats)
     if prc:
         row["precision"], row["recall"] = precision_recall(ref_feats, feats)
     return row
 
 
 def scorer(cfg, images, dims):
-    """A function trainer -> entries of `score`, and a dict that says what they measure: cfg.n_fid
-    images of each of the trainer's generators (names of an averaged one's end in _ema) against the
-    same cfg.n_real (None: all) of `images`, uint8 (N, C, H, W). UserError if there are too few."""
+    """A function trainer -> entries of `score` (an averaged generator's end in _ema) of cfg.n_fid
+    images against cfg.n_real (None: all) of `images`, (N, C, H, W); a dict of what they measure."""
     if cfg.n_real is not None and not 2 <= cfg.n_real <= len(images):
         raise UserError(f"--n-real {cfg.n_real}: must be from 2 to {len(images)}")
     device = pick_device(cfg.device)
@@ -351,7 +315,6 @@ def scorer(cfg, images, dims):
     def score_trainer(trainer):
         return {key + suffix: value for suffix, batches in trainer.fakes(cfg.n_fid).items()
                 for key, value in score(net, stats, feats, batches).items()}
-
     return score_trainer, {
         "metric": net.label, "features": net.id, "n_real": len(order), "dims": len(stats.mean)}
 
@@ -367,7 +330,7 @@ def load_stats(path):
             and mu.dtype.kind + sigma.dtype.kind == "ff" and np.allclose(sigma, sigma.T)):
         raise UserError(f"{path}: mu is {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}: "
                         "must hold mu (F,) and sigma (F, F), symmetric, finite floats below 1 GiB")
-    check_finite(path, mu := mu.astype(float), sigma := sigma.astype(float))
+    check(path, mu := mu.astype(float), sigma := sigma.astype(float))
     if (values := np.linalg.eigvalsh(sigma))[0] < -1e-3 * abs(values[-1]):
         raise UserError(f"{path}: sigma is no covariance, it has an eigenvalue {values[0]:.3g}")
     n = int(n) if n.ndim == 0 and n.dtype.kind in "iuf" and 2 <= n < 2 ** 53 else None
@@ -388,8 +351,7 @@ def compare(args):
     if out and (out.suffix != ".npz" or out.is_dir() or args.a in saved):
         raise UserError("--save-stats writes the statistics of images A to a file named *.npz")
     if not (1 <= args.batch <= 1000 and 2 <= args.n <= 10 ** 12):
-        raise UserError(f"--batch {args.batch} must be from 1 to 1000, --n {args.n} at least 2 "
-                        "(at most 10^12)")
+        raise UserError(f"--batch {args.batch}: must be from 1 to 1000; --n {args.n}: at least 2")
     device, net = pick_device(args.device), None
     if len(saved) < len(sides):     # nothing to run on two files
         note_bf16(args.precision, device)
@@ -402,7 +364,6 @@ def compare(args):
         stats, feats = features(net, data.batches(
             side, args.batch, args.n, args.size, args.data_dir, args.split), keep=deep)
         return stats.mean, stats.cov, stats.n, net.id, feats
-
     means, covs, counts, ids, feats = zip(*map(measure, sides))
     dims, ids = len(means[0]), {*ids} - {None}
     if len(ids) > 1 or dims != len(means[-1]):
@@ -438,8 +399,7 @@ def main(argv=None):
     add("--size", type=int, help="pixels of a data set's images; default the set's own")
     add("--batch", type=int, default=BATCH, help=f"images; default {BATCH}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the network; default fp32")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     add("--save-stats", type=Path, metavar="F.npz", help="write mu, sigma and n of A")
     args = parser.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):   # the result alone goes to stdout

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +60,7 @@ FLAGS = {
     "checks": (int, 1, 10 ** 12, "how many scores, grids and checkpoints a run has"),
     "eval_every": (int, 1, 10 ** 12, "updates of G between them, instead of --checks"),
     "log_every": (int, 1, 10 ** 6, "updates of G between logs"),
-    "n_fid": (int, 2, 10 ** 6, "generated images per score"),
-}
+    "n_fid": (int, 2, 10 ** 6, "generated images per score")}
 NOT_CONFIG = {"sample", "n", "out", "plot", "dry_run", "command", "started", "script"}
 
 
@@ -117,12 +115,9 @@ def parse(parser, file, argv=None):
 
 
 def resolve(args, own, *presets, **fixed):
-    """Presets (dicts, later ones win), then the flags given, then `fixed` -> Namespace.
-
-    steps and d_steps follow from each other by n_dis, eval_every from `checks` where it is not
-    given. Raises UserError for a preset's key that is no flag, a value out of the bounds in FLAGS
-    or `own`, and networks that no machine holds.
-    """
+    """Presets (dicts, later ones win), then the flags given, then `fixed` -> Namespace. steps and
+    d_steps follow from each other by n_dis, eval_every from `checks` where it is not given.
+    UserError for a preset's key that is no flag, a value out of its bounds, and huge networks."""
     cfg = {k: v for k, v in vars(args).items() if k not in NOT_CONFIG}
     given = {k: v for k, v in cfg.items() if v is not None}
     if {"steps", "d_steps"} <= given.keys():
@@ -179,12 +174,10 @@ def note_bf16(precision, device):
 def announce(runs, dry_run, run=None):
     """Print the first configuration, of the others what is different, and, for a dry run, what
     it costs to `run` them; returns dry_run."""
-    before = {}
-    for cfg in runs if not worker() else ():
-        print("  ".join(f"{k}={v}" for k, v in sorted(vars(cfg).items())
-                        if v is not None and before.get(k) != v))
-        before = vars(cfg)
     if not worker():
+        for before, cfg in zip([{}, *map(vars, runs)], runs):
+            print("  ".join(f"{k}={v}" for k, v in sorted(vars(cfg).items())
+                            if v is not None and before.get(k) != v))
         note_bf16(vars(runs[0]).get("precision"), harness.pick_device(runs[0].device))
     if dry_run and run:
         print_cost(runs, run)
@@ -196,13 +189,12 @@ def print_cost(runs, run):
     measured, total, jobs = {}, 0, min(runs[0].jobs, len(runs))
     torch.set_num_threads(max(1, harness.cores() // jobs))
 
-    def seconds(call, device):
+    def seconds(device, call, *args):
         for _ in range(2):                              # the first call is slower
             start = time.time()
-            call()
+            call(*args)
             torch.get_device_module(device).synchronize(device)
         return time.time() - start
-
     for cfg in (cfg for cfg in runs if cfg.arm in cfg.arms):
         kind = str({k: v for k, v in vars(cfg).items() if k not in ("seed", "run")})
         if kind not in measured:
@@ -211,8 +203,8 @@ def print_cost(runs, run):
                 run(argparse.Namespace(**vars(cfg) | few, dry=True), Path())
             except harness.DryRun as stopped:
                 t, evaluate = stopped.args
-            update = seconds(t.update, t.device)
-            score = seconds(partial(evaluate, t), t.device) if evaluate else 0
+            update = seconds(t.device, t.update)
+            score = seconds(t.device, evaluate, t) if evaluate else 0
             measured[kind] = update, score / few["n_fid"]
             print(f"{cfg.run}: {update:.3g} s an update of G, {score:.3g} s to score "
                   f"{few['n_fid']} images")
@@ -225,33 +217,25 @@ def print_cost(runs, run):
 
 
 def lock(path, how):
-    """Hold a lock on the file `path` until what is returned is closed; None if another has it.
-
-    how: `wait` or `try` for it alone, or `share` it. A nullcontext where the disk has no locks.
-    """
+    """Hold a lock on the file `path` until what is returned is closed; None if another has it. how:
+    `wait` or `try` for it alone, or `share` it. A nullcontext where the disk has no locks."""
+    file = contextlib.nullcontext()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
-    except OSError:
-        return contextlib.nullcontext()
-    try:
         fcntl.flock(file, {"wait": fcntl.LOCK_EX, "try": fcntl.LOCK_EX | fcntl.LOCK_NB,
                            "share": fcntl.LOCK_SH}[how])
         return file
-    except BlockingIOError:
-        file.close()
-    except (AttributeError, OSError):
-        file.close()
-        return contextlib.nullcontext()
+    except (AttributeError, OSError) as error:
+        with file:      # which closes it
+            return None if isinstance(error, BlockingIOError) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def entered(folder, runs, resume):
-    """Be in the folder of a sweep, alone (yields True) or beside processes of the same command.
-
-    A folder that nobody is in is refused without `resume`, as are other configurations. Where the
-    disk has no locks, a file says that a process is in, and a second one is refused.
-    """
+    """Be in the folder of a sweep, beside processes of the same command (yields False) or, where
+    the disk has no locks, alone (True): a file says that one is in, and a second one is refused.
+    Refused are also other configurations and, without `resume`, a folder that nobody is in."""
     with lock(folder / ".door", "wait"):                # they come in one by one
         held, alone = lock(folder / ".lock", "try"), folder / ".alone"
         lockless = isinstance(held, contextlib.nullcontext)
@@ -281,36 +265,27 @@ def worker():
     return int(os.environ.get("GAN_WORKERS", 0))
 
 
-def waits(here):
-    """Whether the run of a folder has neither finished nor failed."""
-    return not ((here / "row.json").exists() or (here / "failed.txt").exists())
-
-
-def finished(folder, runs):
-    return sum((folder / cfg.run / "row.json").exists() for cfg in runs)
+def without(runs, folder, *files):
+    """The runs in whose folders none of these files is."""
+    return [cfg for cfg in runs if not any((folder / cfg.run / name).exists() for name in files)]
 
 
 def train_all(args, name, runs, run):
     """Train all `runs`, together with any other process that is at it -> folder, all rows.
-
-    run(cfg, folder) -> rows is called for every configuration whose folder, cfg.run, has no
-    row.json and is held by no other process. `--jobs N` starts this command N times, and so may
-    torchrun, srun or other shells. A process that dies lets go of its run, which the next one
-    goes on with. A run that fails leaves the others going; UserError names it in the end.
-    """
+    run(cfg, folder) -> rows is called for each one that has no row.json and that no other process
+    holds; if this one dies, the next process goes on with it. `--jobs N` starts this command N
+    times. A run that fails leaves the others going; UserError names it in the end."""
     folder = args.outdir / args.script / (args.name or name)
-    jobs = getattr(runs[0], "jobs", 1)
-    processes = worker() or int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if processes:   # torchrun says one thread
-        torch.set_num_threads(max(1, harness.cores() // processes))
+    if processes := worker() or int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        torch.set_num_threads(max(1, harness.cores() // processes))   # torchrun says one
     with entered(folder, runs, args.resume) as lockless:
-        jobs = 1 if lockless else min(jobs, len(runs) - finished(folder, runs))
+        jobs = min(getattr(runs[0], "jobs", 1), len(without(runs, folder, "row.json")))
         if worker():
             threading.Thread(target=follow, daemon=True).start()
-        elif jobs > 1:
+        elif jobs > 1 and not lockless:
             start_workers(args.command, jobs)
         work(runs, run, folder)     # after workers: what they left, if all of them were killed
-    if failed := [cfg.run for cfg in runs if (folder / cfg.run / "failed.txt").exists()]:
+    if failed := [cfg.run for cfg in without(runs, folder, "row.json")]:
         raise UserError(f"failed, for the reasons above: {', '.join(failed)}; --resume goes on")
     if worker():
         sys.exit(0)
@@ -320,9 +295,9 @@ def train_all(args, name, runs, run):
 
 def work(runs, run, folder):
     """Take one run after the other until all are finished or have failed."""
-    start, done = time.time(), 0
-    while left := [cfg for cfg in runs if waits(folder / cfg.run)]:
-        for cfg in left:
+    start, done, ends, processes = time.time(), 0, ("row.json", "failed.txt"), worker() or 1
+    while waiting := without(runs, folder, *ends):
+        for cfg in waiting:
             here = folder / cfg.run
             if held := lock(here / ".lock", "try"):
                 break
@@ -330,32 +305,26 @@ def work(runs, run, folder):
             time.sleep(0.5)             # others are at all that is left; one of them may die
             continue
         with held:
-            if waits(here):
+            if without([cfg], folder, *ends):
                 try:
                     harness.write_json(here / "row.json", run(cfg, here))
                 except (UserError, OSError, torch.OutOfMemoryError) as error:
                     print(f"{cfg.run}: {error}", file=sys.stderr)
                     with contextlib.suppress(OSError):
                         (here / "failed.txt").write_text(str(error))
-        done += 1
-        tell(runs, folder, done, start)
-
-
-def tell(runs, folder, done, start):
-    """A line about the whole sweep, once this process has done `done` runs since `start`."""
-    left, processes = len(runs) - finished(folder, runs), worker() or 1
-    if len(runs) > 1:
-        seconds = (time.time() - start) / done * left / processes
-        print(f"sweep: {len(runs) - left} of {len(runs)} runs done, {min(processes, left)} "
-              f"running, {left} left, about {datetime.timedelta(seconds=round(seconds))} to go",
-              flush=True)
+        done, left = done + 1, len(without(runs, folder, "row.json"))
+        if len(runs) > 1:
+            seconds = round((time.time() - start) / done * left / processes)
+            print(f"sweep: {len(runs) - left} of {len(runs)} runs done, {min(processes, left)} "
+                  f"running, {left} left, about {datetime.timedelta(seconds=seconds)} to go",
+                  flush=True)
 
 
 def start_workers(command, n):
     """Run `command` n times until all have ended; a signal is passed on, and ends this one too."""
-    here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environ = {**os.environ, "GAN_WORKERS": str(n), "GAN_PARENT": str(os.getpid()),
-               "PYTHONPATH": os.pathsep.join(here)}
+               "PYTHONPATH": path}
     with harness.stop_signals() as caught:
         children, told = [subprocess.Popen(command, env=environ) for _ in range(n)], False
         while alive := [child for child in children if child.poll() is None]:
@@ -379,13 +348,11 @@ def follow():
 
 
 def write_result(args, folder, runs, rows, claims):
-    """result.json: what was measured, what it says of the paper's claims, and what it was made
-    with: configuration, versions, commits, hashes of the training images; not where on the disk.
-    """
+    """result.json: what was measured, what it says of the paper's claims, what it was made with
+    (but for where on the disk and how many at once: no part of what is to be repeated)."""
     made = [harness.read_json(path) for path in sorted(folder.glob("*/config.json"))]
     flat = harness.to_jsonable([vars(cfg) for cfg in runs])
     device = harness.pick_device(args.device)
-    # Where on the disk, and how many at once, is no part of what is to be repeated.
     command = re.sub(r" --(outdir|data-dir|name|jobs|fid-weights)[ =]\S+| --resume", "", " ".join(
         ["python", *(Path(word).name if word.endswith(".py") else word
                      for word in args.command[1:])]))
@@ -432,9 +399,8 @@ def verdict(better, worse, higher=True):
 def beside(numbers, arm, higher=False):
     """An arm against each other one of {arm: numbers}: `in part against dup; no against mixup`."""
     against = {}
-    for other in numbers if arm in numbers else ():
-        if other != arm:
-            against.setdefault(verdict(numbers[arm], numbers[other], higher), []).append(other)
+    for other in [a for a in numbers if arm in numbers and a != arm]:
+        against.setdefault(verdict(numbers[arm], numbers[other], higher), []).append(other)
     return "; ".join(f"{word} against {', '.join(others)}" for word, others in against.items())
 
 

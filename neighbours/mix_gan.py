@@ -1,8 +1,7 @@
 """MIX+GAN (Arora, Ge, Liang, Ma, Zhang 2017): do several generators beat one of their size?
 
-A GAN may play well and have learned little: a trained D hardly tells two samples of a law apart, a
-true distance does. Mixtures of networks come close to an equilibrium, so T pairs are trained at
-once, with weights w and v of them. The gain was published for T times the networks.
+A GAN may play well and have learned little: a D hardly tells two samples of a law apart. Mixtures
+come close to an equilibrium: T pairs, weighed by w and v; published for T times the networks.
 
     python -m neighbours.mix_gan --dataset grid --seeds 0 1 2
     python -m neighbours.mix_gan --part distance --seeds 0 1 2
@@ -13,7 +12,7 @@ uniform. Data: ring and grid of Gaussians in a plane, images of two rectangles (
 Presets: paper (one GPU), cpu (vanilla, mix, wide: ten minutes a seed on a core), smoke (seconds).
 """
 import bisect
-import time
+import timeit
 from argparse import Namespace
 from pathlib import Path
 
@@ -44,43 +43,38 @@ PRESETS = {
     "ring": {"paper": POINTS | dict(n_train=150, n_fid=2500), "cpu": {}, "smoke": FEW},
     "grid": {"paper": POINTS | dict(n_train=50, n_fid=2500), "cpu": {}, "smoke": FEW},
     "geometry": {   # the GAN of exp_sc.py, on a CPU for as many updates as fit
-        "paper": IMAGES | dict(
-            n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True, steps=50_000,
-            z_dim=8, base=2, n_train=25_600, n_fid=4096, n_end=256_000),
+        "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
+            steps=50_000, z_dim=8, base=2, n_train=25_600, n_fid=4096, n_end=256_000),
         "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, size=16, width=32, n_train=1800,
-                    n_fid=1024, n_end=18_000), "smoke": FEW | dict(size=16)},
+            n_fid=1024, n_end=18_000), "smoke": FEW | dict(size=16)},
     "cifar10": {    # the WGAN-GP of exp_pcr_natural.py
-        "paper": IMAGES | dict(
-            n_dis=5, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, lr_decay=False, steps=10_000,
-            z_dim=128, base=4, n_fid=10_000, n_end=10_000),
+        "paper": IMAGES | dict(n_dis=5, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, lr_decay=False,
+            steps=10_000, z_dim=128, base=4, n_fid=10_000, n_end=10_000),
         "cpu": dict(n_dis=2, batch=32, lr_g=5e-4, lr_d=5e-4, steps=300, width=16, n_fid=256,
-                    n_end=256, n_real=1024, checks=1, log_every=20), "smoke": FEW}}
+            n_end=256, n_real=1024, checks=1, log_every=20), "smoke": FEW}}
 W1, GAPS = "W1 of two samples", ("gap of a trained D", "on fresh points", "from sample to law")
 DISTANCE = {    # d and m of W1; in 64 dimensions a D's hidden units and updates, and m, of its gap
     "cpu": dict(w1_d=[64, 1024], w1_m=[100, 300, 1000, 3000], hidden=[2, 16, 128], updates=300,
                 gap_m=[64, 256, 1024, 4096, 16_384]),
     "smoke": dict(w1_d=[64], w1_m=[10, 100], hidden=[2, 4], updates=10, gap_m=[300, 600])}
 PLANES = ("ring", "grid")
-MEASURES = {    # {key: (words, unit)}, the main one first; of those in LOWER less is better
+MEASURES = {    # {key: (words, unit)}, the main one first
     **dict.fromkeys(PLANES, {"within_3": ("points within 3 sigma", 100), "modes": ("modes", 1),
                              "reverse_kl": ("reverse KL of mode shares", 1)}),
     "geometry": {"correct_exact": ("exactly correct images", 100), "n_eff": (
         "effective number of images", 1), "distinct": ("different correct images", 1)},
     "cifar10": {"distance": ("Fréchet distance", 1), "kid": ("KID", 1)}}
-LOWER = ("reverse_kl", "distance", "kid")
 OWN = {
     "dataset": (tuple(PRESETS), "(%(default)s)"), "part": (("gan", "distance"), "(%(default)s)"),
-    "components": (int, 1, 100, "T, networks of a kind in a mixture"),
+    "components": (int, 1, 100, "T, nets of a kind"), "n_end": (int, 2, 10 ** 9, "samples at end"),
     "mix_entropy": (float, 0, 10 ** 6, "weight of the cross-entropy of w and v to uniform"),
     "lr_w": (float, 0, 10 ** 6, "Adam step size of the logits of w and v"), **data.FLAGS,
-    **fid.FLAGS, "n_train": (int, 1, 10 ** 9, "training images, or points of each mode"),
-    "n_end": (int, 2, 10 ** 9, "samples of the last score")}
+    **fid.FLAGS, "n_train": (int, 1, 10 ** 9, "training images, or points of each mode")}
 
 
 class Mixture(nn.Module):
     """T networks and their weights, softmax of `logits` (T,). A G of them deals z (B, 1 + Z) out in
-    training, B / T rows a component, in order; in evaluation z's first entry picks the component,
-    so that whatever is drawn is drawn from the mixture."""
+    training, B / T rows a component, in order; in evaluation z's first entry picks a component."""
 
     def __init__(self, nets, learn):
         super().__init__()
@@ -112,8 +106,7 @@ def weighed(losses, mixture, entropy):
 
 
 def each_d(t, batches):
-    """core.d_loss of each discriminator alone, with a penalty of its own, on its (x_real, x_fake,
-    ...) -> losses (T,), {name: mean over discriminators}."""
+    """core.d_loss of each D alone, on a batch of its own -> losses (T,), {name: their mean}."""
     losses, logs = zip(*(core.d_loss(Namespace(cfg=t.cfg, gen=t.gen, device=t.device, D=D), *batch)
                          for D, batch in zip(t.D.nets, batches)))
     return torch.stack(losses), {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]}
@@ -138,8 +131,7 @@ def pooled(t, x_real, x_fake):
 
 
 def g_loss(t):
-    """sum_ij w_i v_j (loss of G_i's images under D_j), and the entropy term of w; pooled: without
-    weights, and of i = j alone."""
+    """sum_ij w_i v_j (loss of G_i's images under D_j), and w's entropy term; pooled: the trace."""
     x, of_g, n = t.G(t.latent(t.cfg.batch)), core.LOSSES[t.cfg.loss][2], len(t.G.nets)
     if t.cfg.arm == "pooled":
         return sum(of_g(D(part)).mean() for D, part in zip(t.D.nets, x.tensor_split(n))), {}
@@ -149,9 +141,8 @@ def g_loss(t):
     return paid, {"entropy_w": entropy}
 
 
-ARMS = {    # each is d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
-    "vanilla": core.d_loss, "mix": mix, "wide": core.d_loss, "pooled": pooled, "many-g": mix,
-    "many-d": mix, "frozen": mix}
+ARMS = {"vanilla": core.d_loss, "mix": mix, "wide": core.d_loss, "pooled": pooled, "many-g": mix,
+        "many-d": mix, "frozen": mix}   # d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
 SEVERAL = {"mix": "GD", "pooled": "GD", "many-g": "G", "many-d": "D", "frozen": "GD"}
 
 
@@ -160,22 +151,20 @@ def pair(cfg):
     if cfg.dataset not in PLANES:
         return core.build(cfg)
 
-    def net(*widths):
-        return nn.Sequential(*[layer for a, b in zip(widths, widths[1:]) for layer in (
-            nn.Linear(a, b), nn.LeakyReLU(0.1))][:-1])
-
+    def net(n_in, n_out, width=cfg.width):
+        return nn.Sequential(nn.Linear(n_in, width), nn.LeakyReLU(0.1), nn.Linear(width, width),
+                             nn.LeakyReLU(0.1), nn.Linear(width, n_out))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return (net(cfg.z_dim, cfg.width, cfg.width, 2),
-                net(2, cfg.width, cfg.width, 1).append(nn.Flatten(0)))
+        return net(cfg.z_dim, 2), net(2, 1).append(nn.Flatten(0))
 
 
 def networks(cfg):
     """G and D of a run, a Mixture each in the arms of SEVERAL, whose z has one entry more."""
     if cfg.arm not in SEVERAL:
         return pair(cfg)
-    nets = zip(*(pair(Namespace(**vars(cfg) | {"z_dim": cfg.z_dim - 1, "seed": cfg.seed + 1000 * k}
-                                )) for k in range(cfg.components)))
+    nets = zip(*(pair(Namespace(**vars(cfg) | {
+        "z_dim": cfg.z_dim - 1, "seed": cfg.seed + 1000 * k})) for k in range(cfg.components)))
     return [Mixture(several if kind in SEVERAL[cfg.arm] else several[:1], learn=cfg.arm not in (
         "frozen", "pooled")) for kind, several in zip("GD", nets)]
 
@@ -185,19 +174,16 @@ def make_trainer(cfg, x):
     def adam(params, lr, betas):
         logits, *rest = params
         return core.adam([{"params": [logits], "lr": cfg.lr_w}, {"params": rest}], lr, betas)
-
     own = {"optimizer": adam, "g_loss": g_loss} if cfg.arm in SEVERAL else {}
     t = core.Trainer(cfg, x.to(harness.pick_device(cfg.device)), *networks(cfg), ARMS[cfg.arm],
                      **own)
-    if own and cfg.precision == "bf16":     # discriminators are called one by one
-        for D in t.D.nets:
-            core.in_bf16(D)
+    for D in t.D.nets if own and cfg.precision == "bf16" else ():   # they are called one by one
+        core.in_bf16(D)
     return t
 
 
 def prepare(cfg, n):
-    """The training data; a score of n samples, x -> {name: number or None}; what tells samples
-    apart for `overlap`, x -> labels; what the score is."""
+    """The training data; a score of n samples x; x -> labels for `overlap`; what the score is."""
     kind, side = cfg.dataset, cfg.size // 4
     if kind in PLANES:
         return (geometry.draw_points(cfg.n_train, kind), lambda x: geometry.report_points(x, kind),
@@ -215,9 +201,8 @@ def prepare(cfg, n):
 
 
 def overlap(labels):
-    """What the laws of components have in common, by the labels (n, ...) of draws of each: sum p q
-    / sqrt(sum p^2 sum q^2) from pairs that coincide, 0 if disjoint, about 1 if equal; the mean over
-    pairs of components. None for one component, or if one never coincides with itself."""
+    """sum p q / sqrt(sum p^2 sum q^2) of laws, the mean over pairs of them, by how often labels
+    (n, ...) of their draws coincide. None for one law, or if one never coincides with itself."""
     kinds, index = torch.unique(torch.cat(labels), dim=0, return_inverse=True)
     counts = torch.stack([v.bincount(minlength=len(kinds)) for v in index.split(
         [len(v) for v in labels])]).double()
@@ -229,15 +214,13 @@ def overlap(labels):
 
 def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
-    x, score, *_, protocol = prepare(cfg, cfg.n_fid)
+    x, score, label, protocol = prepare(cfg, cfg.n_end)
     t, (main, *_), mixture = make_trainer(cfg, x), MEASURES[cfg.dataset], cfg.arm in SEVERAL
 
     def score_mixture(t, n=cfg.n_fid):
         return {k: v for k, v in score(torch.cat(list(t.fakes(n)[""]))).items() if v is not None}
-
     harness.fit(t, folder, score_mixture, protocol=protocol)
     rows, n = harness.read_rows(folder / "metrics.jsonl"), 1000 if cfg.dataset in PLANES else 36
-    _, score, label, protocol = prepare(cfg, cfg.n_end)
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=t.preview(n).cpu(), component=t.G.pick(t.latents(
             n, seed=1)).cpu() if mixture else np.zeros(n, int))
@@ -249,32 +232,17 @@ def run(cfg, folder):
             "parts": [score(x) for x in parts], "overlap": overlap([label(x) for x in parts]),
             **{k: net.weights().tolist() for k, net in (("w", t.G), ("v", t.D)) if mixture},
             "n_weights": sum(p.numel() for net in (t.G, t.D) for p in net.parameters()),
-            "curve": [[r["step"], r[main]] for r in rows if main in r], "entropy": [
-                [r["step"], r["entropy_w"], r["entropy_v"]] for r in rows if "entropy_w" in r],
-            **cost(t)}
+            **cost(t), "curve": [[r["step"], r[main]] for r in rows if main in r], "entropy": [
+                [r["step"], r["entropy_w"], r["entropy_v"]] for r in rows if "entropy_w" in r]}
 
 
 def cost(t, n=20):
     """Seconds and calls of D, one an image, of the whole training, by the fastest of n updates."""
-    calls, seconds, t.step = [], [], 0
+    calls, t.step = [], 0
     for net in getattr(t.D, "nets", [t.D]):
         net.register_forward_hook(lambda net, args, out: calls.append(len(out)))
-    for _ in range(n):
-        start = time.perf_counter()
-        t.update()["g_loss"].item()     # waits for the device
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: t.update()["g_loss"].item(), number=1, repeat=n)
     return {"seconds": t.cfg.steps * min(seconds), "d_calls": t.cfg.steps * sum(calls) // n}
-
-
-def trained(x, draw, hidden, updates):
-    """A D with a layer of `hidden` units, trained to tell points x from those of draw()."""
-    D = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
-    opt = core.adam(D.parameters(), 1e-2, (0.9, 0.999))
-    for _ in range(updates):
-        opt.zero_grad()
-        (D(draw()).mean() - D(x).mean()).backward()
-        opt.step()
-    return D.requires_grad_(False)
 
 
 def distances(cfg, folder):
@@ -287,19 +255,23 @@ def distances(cfg, folder):
     def draw(m, d=64):
         return torch.randn(m, d) / d ** 0.5
 
-    def w1(x, y):
-        apart = torch.cdist(x, y).numpy()
-        return float(apart[linear_sum_assignment(apart)].mean())
+    def trained(x, other, hidden):      # a D to tell points x from those of other()
+        D = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+        opt = core.adam(D.parameters(), 1e-2, (0.9, 0.999))
+        for _ in range(cfg.updates):
+            opt.zero_grad()
+            (D(other()).mean() - D(x).mean()).backward()
+            opt.step()
+        return D.requires_grad_(False)
 
     def gaps(m, hidden):
         x, y, new, newer = draw(m), draw(m), draw(20_000), draw(20_000)
-        D, E = (trained(x, other, hidden, cfg.updates) for other in (
-            lambda: y, lambda: draw(max(m, 1024))))
+        D, E = (trained(x, other, hidden) for other in (lambda: y, lambda: draw(max(m, 1024))))
         return [(net(a).mean() - net(b).mean()).item()
                 for net, a, b in ((D, x, y), (D, new, newer), (E, x, new))]
-
     for d in cfg.w1_d:
-        rows.append((W1, f"d = {d}", cfg.w1_m, [w1(draw(m, d), draw(m, d)) for m in cfg.w1_m]))
+        apart = [torch.cdist(draw(m, d), draw(m, d)).numpy() for m in cfg.w1_m]
+        rows.append((W1, f"d = {d}", cfg.w1_m, [a[linear_sum_assignment(a)].mean() for a in apart]))
     for hidden in cfg.hidden:
         rows += [(key, f"p = {66 * hidden + 1}", cfg.gap_m, y) for key, y in zip(
             GAPS, zip(*(gaps(m, hidden) for m in cfg.gap_m)))]
@@ -309,18 +281,17 @@ def distances(cfg, folder):
 def claims_distance(rows):
     """W1 of two samples stays large; how fast the gap of a trained D falls. The theorem bounds it
     by about sqrt(p / m), times a constant that is not known: no slope contradicts that."""
-    ends, slopes = {}, {}
-    for r in rows:
+    for what, line in dict.fromkeys((r["what"], r["line"]) for r in rows):
+        seeds = [np.array([r["m"], r["y"]]) for r in rows if (r["what"], r["line"]) == (what, line)]
         # Of a sample smaller than p, the number of its weights, a D may know every point.
-        known = [v for v in zip(r["m"], r["y"]) if v[0] > int(r["line"].split()[-1])]
-        if r["what"] == W1:
-            ends.setdefault(r["line"], []).append(r["y"][-1])
-        elif r["what"] == GAPS[0] and len(known) > 1:
-            slopes.setdefault(r["line"], []).append(np.polyfit(*np.log(known).T, 1)[0])
-    found = [(f"{W1} of N(0, I/d), {line}, {rows[0]['m'][-1]:,} points each", "1.1 or more",
-              sweep.spread(v), sweep.verdict(v, [1.1, 1.1])) for line, v in ends.items()]
-    return found + [(f"slope of ln gap over ln m, D with {line} < m weights", "", sweep.spread(v),
-                     "") for line, v in slopes.items()]
+        known = [v[:, v[0] > int(line.split()[-1])] for v in seeds]
+        if what == W1:
+            ends = [v[1, -1] for v in seeds]
+            yield (f"{W1} of N(0, I/d), {line}, {seeds[0][0, -1]:,.0f} points each", "about 1.1, from memory",
+                   sweep.spread(ends), sweep.verdict(ends, [1.1, 1.1]))
+        elif what == GAPS[0] and known[0].shape[1] > 1:
+            yield (f"slope of ln gap over ln m, D with {line} < m weights", "", sweep.spread(
+                [np.polyfit(*np.log(v), 1)[0] for v in known]), "")
 
 
 def claims(rows):
@@ -329,11 +300,10 @@ def claims(rows):
     for key, (words, unit) in MEASURES.get(rows[0].get("dataset"), {}).items():
         if all(key in r for r in rows):
             ends = {arm: sweep.values(rows, key, arm=arm) for arm in arms}
+            ours = ", ".join(sweep.spread(v, unit) for v in ends.values())
             found.append((f"{rows[0]['dataset']}, T = {rows[0]['components']}: {words} of "
-                          f"{', '.join(arms)}", "mix is best", ", ".join(
-                              sweep.spread(v, unit) for v in ends.values())
-                          + f"; n={len(ends[arms[0]])}", sweep.beside(
-                              ends, "mix", key not in LOWER)))
+                          f"{', '.join(arms)}", "mix is best", f"{ours}; n={len(ends[arms[0]])}",
+                          sweep.beside(ends, "mix", key not in ("reverse_kl", "distance", "kid"))))
     return [{"paper": "MIX+GAN", **dict(zip(("what", "theirs", "ours", "verdict"), claim)),
              "front": "exactly correct" in claim[0]}
             for claim in (found if "arm" in rows[0] else claims_distance(rows))]
@@ -342,42 +312,38 @@ def claims(rows):
 def plot_distance(rows, folder):
     """A panel for each distance, over the number of points -> figure."""
     fig = harness.figure(2.4)
-    first, *gaps = axes = fig.subplots(1, 4, width_ratios=[1.3, 1, 1, 1])
-    first.axhline(1.1, color="grey", ls=":", label="1.1")
-    for what, ax in zip((W1, *GAPS), axes):
-        for line in dict.fromkeys(r["line"] for r in rows if r["what"] == what):
-            harness.band(ax, [(r["m"], r["y"]) for r in rows if (r["what"], r["line"]) == (
-                what, line)], line, marker=".", **harness.style(line))
-        ax.set(title=what, xlabel="points m", xscale="log", ylim=None if ax is first else (-0.1, 1))
-    first.legend(), gaps[1].legend()
+    axes = dict(zip((W1, *GAPS), fig.subplots(1, 4, width_ratios=[1.3, 1, 1, 1])))
+    axes[W1].axhline(1.1, color="grey", ls=":", label="1.1")
+    for what, line in dict.fromkeys((r["what"], r["line"]) for r in rows):
+        seeds = [np.array([r["m"], r["y"]]) for r in rows if (r["what"], r["line"]) == (what, line)]
+        harness.band(axes[what], seeds, line, marker=".", **harness.style(line))
+        axes[what].set(title=what, xlabel="points m", xscale="log", **(
+            {} if what == W1 else {"ylim": (-0.1, 1)}))
+    axes[W1].legend(), axes[GAPS[1]].legend()
     return fig
 
 
 def plot_arms(rows, folder):
-    """What each arm draws, a colour for each component; its score; exp(entropy) of w and v."""
+    """What each arm draws, a colour for each component, and its weights w; its score -> figure."""
     (words, _), *_ = MEASURES[rows[0]["dataset"]].values()
     arms = {r["arm"]: [q for q in rows if q["arm"] == r["arm"]] for r in rows}
-    top, bottom = (fig := harness.figure(4)).subfigures(2, height_ratios=[1, 1.8])
-    score, used = bottom.subplots(1, 2)
-    for (arm, mine), ax in zip(arms.items(), np.atleast_1d(top.subplots(1, len(arms)))):
-        style, seconds = harness.style(arm), np.mean(sweep.values(mine, "seconds"))
+    fig = harness.figure(4)
+    axes = fig.subplot_mosaic([[*arms], ["score"] * len(arms)], height_ratios=[1, 1.8])
+    for arm, mine in arms.items():
         with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
             x, component = saved["samples"], saved["component"]
         if x.ndim == 2:
             means = geometry.modes(mine[0]["dataset"])[0]
-            ax.scatter(*means.T, s=20, color="0.85", lw=0)
-            ax.scatter(*x.T, s=0.7, c=[f"C{i}" for i in component], lw=0)
-            ax.axis(1.3 * means.max().item() * np.array([-1, 1, -1, 1]))
+            axes[arm].scatter(*means.T, s=20, color="0.85", lw=0)
+            axes[arm].scatter(*x.T, s=0.7, c=[f"C{i}" for i in component], lw=0)
+            axes[arm].axis(1.3 * means.max().item() * np.array([-1, 1, -1, 1]))
         else:
-            ax.imshow(harness.grid(x[component.argsort(kind="stable")]), interpolation="nearest")
-        ax.set(title=arm, xticks=[], yticks=[], frame_on=False, aspect="equal")
-        harness.band(score, [[*zip(*r["curve"])] for r in mine], f"{arm}, {seconds:.0f} s", **style)
-        for i, width in ((1, 1.6), (2, 0.7)) if mine[0]["entropy"] else ():
-            harness.band(used, [([e[0] for e in r["entropy"]], np.exp([e[i] for e in r["entropy"]]))
-                                for r in mine], None, lw=width, **style)
-    score.legend()
-    score.set(xlabel="updates of G", title=words)
-    used.set(xlabel="updates of G", title="components (thick), discriminators (thin) in use")
+            axes[arm].imshow(harness.grid(x[component.argsort(kind="stable")]))
+        weights = "w = {}%".format(" ".join(f"{100 * w:.0f}" for w in mine[0].get("w", [1])))
+        axes[arm].set(title=arm, xlabel=weights, xticks=[], yticks=[], frame_on=False, aspect=1)
+        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, **harness.style(arm))
+    axes["score"].legend()
+    axes["score"].set(xlabel="updates of G", title=words)
     return fig
 
 
@@ -396,20 +362,17 @@ def configure(args):
         return [Namespace(**DISTANCE.get(args.preset, DISTANCE["cpu"]), part="distance", seed=seed,
                           seeds=args.seeds, device=args.device, run=f"s{seed}")
                 for seed in args.seeds]
-    preset = PRESETS[args.dataset]
-    cfg = sweep.resolve(args, OWN, COMMON, preset["paper"], preset[args.preset],
+    cfg = sweep.resolve(args, OWN, COMMON, *map(PRESETS[args.dataset].get, ("paper", args.preset)),
                         channels=3 if args.dataset == "cifar10" else 1)
-    T = cfg.components
 
     def n_weights(width):
         with torch.device("meta"):
             nets = pair(Namespace(**vars(cfg) | {"width": width, "seed": 0}))
         return sum(p.numel() for net in nets for p in net.parameters())
-
     own = {arm: {"z_dim": cfg.z_dim + 1} for arm in SEVERAL}
-    own["pooled"]["batch"] = T * cfg.batch
-    own["wide"] = {"width": 1 + bisect.bisect_left(
-        range(1, T * cfg.width), T * n_weights(cfg.width), key=n_weights)}
+    own["pooled"]["batch"] = cfg.components * cfg.batch
+    own["wide"] = {"width": 1 + bisect.bisect_left(range(
+        1, cfg.components * cfg.width), cfg.components * n_weights(cfg.width), key=n_weights)}
     return [Namespace(**vars(cfg) | own.get(arm, {}), arm=arm, seed=seed, run=f"{arm}-s{seed}")
             for seed in cfg.seeds for arm in cfg.arms]
 
