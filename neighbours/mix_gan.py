@@ -287,7 +287,7 @@ def claims_distance(rows):
         known = [v[:, v[0] > int(line.split()[-1])] for v in seeds]
         if what == W1:
             ends = [v[1, -1] for v in seeds]
-            yield (f"{W1} of N(0, I/d), {line}, {seeds[0][0, -1]:,.0f} points each", "about 1.1, from memory",
+            yield (f"{W1} of N(0, I/d), {line}, {seeds[0][0, -1]:,.0f} points each, above 1.1", "",
                    sweep.spread(ends), sweep.verdict(ends, [1.1, 1.1]))
         elif what == GAPS[0] and known[0].shape[1] > 1:
             yield (f"slope of ln gap over ln m, D with {line} < m weights", "", sweep.spread(
