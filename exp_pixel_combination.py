@@ -180,9 +180,9 @@ def search(queries, images, device, own=None):
     best = d_pair.argsort()[:3]     # as the paper does, those that suit the claim best
     a, b = images[pair[best].T]
     shown = torch.stack([queries[best], average(a, b), a, b, images[image[best]]], 1)
-    kept = {"d_pair": d_pair, "d_image": d_image, "shown": shown}
     return {"nearer_average": (d_pair < d_image).double().mean().item(), "l2": d_pair.mean().item(),
-            "ratio": (d_pair.mean() / d_image.mean()).item()}, {k: v.cpu() for k, v in kept.items()}
+            "ratio": (d_pair.mean() / d_image.mean()).item()}, {
+                "d_pair": d_pair.cpu(), "d_image": d_image.cpu(), "shown": shown.cpu()}
 
 
 def similar_pairs(images, n):
@@ -320,7 +320,9 @@ def draw_curves(ax, prefix, seeds, **labels):
             harness.band(ax, [([r["step"] for r in rows], [r[key] - r.get("d_fake", 0)
                          for r in rows]) for rows in seeds], kind, **harness.style(like))
     ax.set(xlabel="updates of G", **labels)
-    ax.legend()
+    low, high = ax.get_ylim()                           # with room for the legend above all curves
+    ax.set_ylim(low, high + 0.4 * (high - low))
+    ax.legend(loc="upper center", ncols=2, handlelength=2)
 
 
 def strip(axes, columns, pictures):
@@ -336,18 +338,22 @@ def plot_squares(rows, cfg, folder):
     axes = fig.subplots(len(cfg["arms"]), 3, squeeze=False)
     for arm, (left, middle, right) in zip(cfg["arms"], axes):
         seeds = [[r for r in rows if (r["arm"], r["seed"]) == (arm, s)] for s in cfg["seeds"]]
-        draw_curves(left, "share_", seeds, ylabel="share, exact to the pixel", ylim=(0, 1),
+        draw_curves(left, "share_", seeds, ylabel="share, exact to the pixel", yticks=(0, 0.5, 1),
                     title=f"{arm}: what samples are (n={len(seeds)} seeds)")
         draw_curves(middle, "d_", seeds, ylabel="logit of D",
                     title=f"{arm}: how D scores them and\nthree squares elsewhere")
-        known = x = images_of(Namespace(size=cfg["size"], seed=cfg["seeds"][0]))
-        file = folder / f"{arm}-s{cfg['seeds'][0]}" / "samples.npz"
-        if file.exists():                               # else result.json came alone
-            x = torch.cat([known, torch.as_tensor(np.load(file)["samples"])])[:36]
-        frames = torch.full((len(x), 3), 200)
-        for image, colour in zip(known, ("009E73", "009E73", "D55E00", "0072B2")):
-            frames[geometry.is_in(x, image[None])] = torch.tensor([*bytes.fromhex(colour)])
-        strip([right], 6, {"A, B, AND, OR;\nsamples framed alike": harness.frame(x, frames)})
+        lines = []
+        for seed in cfg["seeds"]:
+            known = x = images_of(Namespace(size=cfg["size"], seed=seed))
+            file = folder / f"{arm}-s{seed}" / "samples.npz"
+            if file.exists():                           # else result.json came alone
+                x = torch.cat([known, torch.as_tensor(np.load(file)["samples"])])[:9]
+            frames = torch.full((len(x), 3), 200)
+            for image, colour in zip(known, ("009E73", "009E73", "D55E00", "0072B2")):
+                frames[geometry.is_in(x, image[None])] = torch.tensor([*bytes.fromhex(colour)])
+            lines.append(harness.frame(x, frames))
+        title = "A, B, AND, OR; samples framed\nalike; a line a seed"
+        strip([right], len(x), {title: torch.cat(lines)})
     return fig
 
 

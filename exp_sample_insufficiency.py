@@ -321,7 +321,8 @@ def plot(folder):
         ax.axis("off")
     for ax, panel in zip(bottom.subplots(*shape).flat, panels):
         lines(ax, *panel)
-        if panel[2] in ("d_loss", "changed", "distance"):
+        if panel[2] == "distance" or panel[1:3] in (("images_seen", "d_loss"),
+                                                    ("images_seen", "correct")):
             ax.legend()
     harness.save_figure(fig, folder)
     return result

@@ -374,8 +374,8 @@ STYLE = {
 }
 STYLE |= {new: STYLE[old] for new, old in {     # of other figures
     "fgd": "vanilla", "wor": "pcr", "iid": "sc", "real-wor": "sc+pcr", "epoch": "mixup",
-    "ema": "pcr", "r1": "sc", "optimistic": "sc+pcr", "mix": "pcr", "wide": "sc",
-    "pooled": "sc+pcr", "many-g": "dup", "many-d": "mixup"}.items()}
+    "ema": "pcr", "r1": "sc", "mix": "pcr", "wide": "sc", "pooled": "sc+pcr", "many-g": "dup",
+    "many-d": "mixup"}.items()}
 
 
 def style(arm):

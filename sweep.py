@@ -195,6 +195,7 @@ def print_cost(runs, run):
             call(*args)
             torch.get_device_module(device).synchronize(device)
         return time.time() - start
+
     for cfg in (cfg for cfg in runs if cfg.arm in cfg.arms):
         kind = str({k: v for k, v in vars(cfg).items() if k not in ("seed", "run")})
         if kind not in measured:

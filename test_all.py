@@ -2365,7 +2365,7 @@ def mix_config(arm, dataset="geometry", *more):
 
 def mix_trainer(*args):
     cfg = mix_config(*args)
-    return mix_gan.make_trainer(cfg, mix_gan.prepare(cfg, 8)[0])
+    return mix_gan.make_trainer(cfg, mix_gan.prepare(cfg)[0])
 
 
 @pytest.mark.parametrize("dataset", ["ring", "geometry"])
@@ -2542,8 +2542,8 @@ def test_mix_smoke_and_samples(tmp_path, capsys):
     folder = tmp_path / "mix_gan" / "geometry-smoke"
     assert [r["arm"] for r in result["rows"]] == arms
     for r in result["rows"]:
-        assert {"correct", "correct_exact", "distinct", "tv", "unseen_share", "coverage_exact",
-                "parts", "overlap", "n_weights", "seconds", "d_calls", "curve"} <= r.keys() | {"tv"}
+        assert {"correct", "correct_exact", "distinct", "unseen_share", "coverage_exact", "parts",
+                "overlap", "n_weights", "seconds", "d_calls", "curve"} <= r.keys()
         assert len(r["parts"]) == (3 if r["arm"] in ("mix", "pooled", "many-g", "frozen") else 1)
         assert all(sum(r[k]) == pytest.approx(1) for k in "wv" if k in r)
         assert len(r["curve"]) == 2 and bool(r["entropy"]) == (r["arm"] in (
@@ -2556,7 +2556,7 @@ def test_mix_smoke_and_samples(tmp_path, capsys):
     mix_gan.main(["--sample", str(ckpt), "--n", "9", "--out", str(out)])
     state = harness.read_checkpoint(ckpt)
     cfg = argparse.Namespace(**state["config"])
-    t = mix_gan.make_trainer(cfg, mix_gan.prepare(cfg, 8)[0])
+    t = mix_gan.make_trainer(cfg, mix_gan.prepare(cfg)[0])
     t.load(state)
     harness.save_grid(torch.cat(list(t.fakes(9)[""])), tmp_path / "same.png")
     assert out.read_bytes() == (tmp_path / "same.png").read_bytes()

@@ -31,6 +31,7 @@ import sweep
 # UNSPECIFIED: the step size of w and v. At the networks' 1e-4 of the authors' code they hardly
 # move. UNSPECIFIED: the unit of the entropy term, whose weight is 0.1 there, beside logarithmic
 # losses. Here it is the spread of the payoffs, a critic's having no unit; theirs would be 1 to 2.
+# DEVIATION: T is 3. The authors' code has 5, whose mixture costs 25 calls of D an update, not 9.
 COMMON = dict(arch="dcgan", components=3, mix_entropy=1.0, lr_w=1e-2, norm_d="none", init_d="he",
               gp_comb=False, comb_weight=0.5, flip=False, ema_beta=0.0, checks=20, log_every=50)
 # UNSPECIFIED: all about points. Networks as in the code of BourGAN (Xiao et al. 2018).
@@ -63,7 +64,7 @@ MEASURES = {    # {key: (words, unit)}, the main one first
                              "reverse_kl": ("reverse KL of mode shares", 1)}),
     "geometry": {"correct_exact": ("exactly correct images", 100), "n_eff": (
         "effective number of images", 1), "distinct": ("different correct images", 1)},
-    "cifar10": {"distance": ("Fréchet distance", 1), "kid": ("KID", 1)}}
+    "cifar10": {"distance": ("{metric}", 1), "kid": ("KID", 1)}}
 OWN = {
     "dataset": (tuple(PRESETS), "(%(default)s)"), "part": (("gan", "distance"), "(%(default)s)"),
     "components": (int, 1, 100, "T, nets of a kind"), "n_end": (int, 2, 10 ** 9, "samples at end"),
@@ -182,8 +183,8 @@ def make_trainer(cfg, x):
     return t
 
 
-def prepare(cfg, n):
-    """The training data; a score of n samples x; x -> labels for `overlap`; what the score is."""
+def prepare(cfg):
+    """The training data; a score of samples x; x -> labels for `overlap`; what the score is."""
     kind, side = cfg.dataset, cfg.size // 4
     if kind in PLANES:
         return (geometry.draw_points(cfg.n_train, kind), lambda x: geometry.report_points(x, kind),
@@ -195,7 +196,7 @@ def prepare(cfg, n):
         return train, lambda x: geometry.report(x, train.to(x.device), side), lambda x: (
             geometry.pack(x[geometry.has_two(x, side, geometry.count_exact)])), {}
     images = data.load(kind, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
-    score, protocol = fid.scorer(Namespace(**vars(cfg) | {"n_fid": n}), images, cfg.dims)
+    score, protocol = fid.scorer(cfg, images, cfg.dims)
     return (images, lambda x: score(Namespace(fakes=lambda n: {"": x.split(fid.BATCH)})),
             lambda x: x.flatten(1), protocol)
 
@@ -214,7 +215,7 @@ def overlap(labels):
 
 def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
-    x, score, label, protocol = prepare(cfg, cfg.n_end)
+    x, score, label, protocol = prepare(cfg)
     t, (main, *_), mixture = make_trainer(cfg, x), MEASURES[cfg.dataset], cfg.arm in SEVERAL
 
     def score_mixture(t, n=cfg.n_fid):
@@ -301,8 +302,9 @@ def claims(rows):
         if all(key in r for r in rows):
             ends = {arm: sweep.values(rows, key, arm=arm) for arm in arms}
             ours = ", ".join(sweep.spread(v, unit) for v in ends.values())
-            found.append((f"{rows[0]['dataset']}, T = {rows[0]['components']}: {words} of "
-                          f"{', '.join(arms)}", "mix is best", f"{ours}; n={len(ends[arms[0]])}",
+            found.append((f"{rows[0]['dataset']}, T = {rows[0]['components']}: "
+                          f"{words.format(**rows[0])} of {', '.join(arms)}", "mix is best",
+                          f"{ours}; n={len(ends[arms[0]])}",
                           sweep.beside(ends, "mix", key not in ("reverse_kl", "distance", "kid"))))
     return [{"paper": "MIX+GAN", **dict(zip(("what", "theirs", "ours", "verdict"), claim)),
              "front": "exactly correct" in claim[0]}
@@ -341,9 +343,10 @@ def plot_arms(rows, folder):
             axes[arm].imshow(harness.grid(x[component.argsort(kind="stable")]))
         weights = "w = {}%".format(" ".join(f"{100 * w:.0f}" for w in mine[0].get("w", [1])))
         axes[arm].set(title=arm, xlabel=weights, xticks=[], yticks=[], frame_on=False, aspect=1)
-        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, **harness.style(arm))
+        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, marker=".",
+                     **harness.style(arm))
     axes["score"].legend()
-    axes["score"].set(xlabel="updates of G", title=words)
+    axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
     return fig
 
 
@@ -389,7 +392,7 @@ def main(argv=None):
     if sweep.announce(runs, args.dry_run, None if alone else run):
         return {}
     if not alone and not sweep.worker():    # what is missing or wrong shows here, before any file
-        core.check_batch(max(runs, key=lambda cfg: cfg.batch), len(prepare(runs[0], 2)[0]))
+        core.check_batch(max(runs, key=lambda cfg: cfg.batch), len(prepare(runs[0])[0]))
     folder, rows = sweep.train_all(args, f"{args.part if alone else args.dataset}-{args.preset}",
                                    runs, distances if alone else run)
     sweep.write_result(args, folder, runs, rows, claims(rows))
