@@ -59,6 +59,7 @@ class Bench:
     def __init__(self, args, device):
         self.__dict__ |= SMOKE if args.smoke else CUDA if device.type == "cuda" else CPU
         self.args, self.device, self.repeats = args, device, args.repeats or self.repeats
+        self.precisions = sorted(("fp32", "bf16"), key=args.precision.__ne__)
         self.rows, self.left_out, self.versions = [], {}, {"scipy": scipy.__version__}
 
     def time_in_turns(self, functions):
@@ -148,14 +149,15 @@ def train(b):
             ["--preset", preset, "--size", str(size), *width]), model, "cifar10")
         vars(cfg).update(seed=0, device=b.device)
         name, functions, flops = f"{model} {preset}, {size} px,", {}, {}
-        for which, arm, precision in (("eager", "vanilla", "fp32"), ("eager pcr", "pcr", "fp32"),
-                                      ("bf16", "vanilla", "bf16")):
+        asked, other = b.precisions
+        for which, arm, precision in (("eager", "vanilla", asked), ("eager pcr", "pcr", asked),
+                                      (other, "vanilla", other)):
             cfg.precision = precision
             functions[which] = make(argparse.Namespace(**vars(cfg)), arm).update
             with Flops() as counter:
                 functions[which]()
             flops[which] = counter.total
-        cfg.precision = "fp32"
+        cfg.precision = asked
         functions |= b.peers("TRAIN", make(cfg, "vanilla"))
         b.compare("train", name, "G steps/s", functions, lambda t: 1 / t,
                   lambda which, t, n=cfg.n_dis, flops=flops: {"d_steps_per_s": n / t, **(
@@ -183,7 +185,7 @@ def frechet(b):
         for dims in b.dims:
             nets = {name: partial(fid.load_inception(
                 dims, weights, device=b.device, precision=precision), x)
-                for name, precision in (("fid.py", "fp32"), ("bf16", "bf16"))}
+                for name, precision in zip(("fid.py", b.precisions[1]), b.precisions)}
             peers = b.peers("FEATURES", weights, x) if dims == 2048 else {}
             b.compare("fid", f"{dims} features,", "images/s", nets | peers, lambda t: len(x) / t)
 
@@ -217,6 +219,8 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, help="timings of each; default 5, on a GPU 9")
     p.add_argument("--clock", choices=CLOCKS, default="wall",
                    help="cpu: processor time, for a busy machine (%(default)s)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                   help="of what is timed; the other one is beside it (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--data-dir", type=Path, default=data.DATA_DIR, help="may hold FID's weights")
     args = p.parse_args(argv)
@@ -233,7 +237,7 @@ def main(argv=None):
         "device": harness.chip(device) if device.type == "cuda" else "cpu",
         "processor": harness.chip(torch.device("cpu")), "cores": harness.cores(),
         "threads": torch.get_num_threads(), "load": load[0], "repeats": b.repeats,
-        "clock": args.clock, "seconds": time.time() - start,
+        "clock": args.clock, "precision": args.precision, "seconds": time.time() - start,
         "versions": {**harness.versions(), **b.versions}, "rows": b.rows, "left_out": b.left_out}
     print(json.dumps(result) if args.json else "\n".join(
         f"{k}: {v}" for k, v in result.items() if k != "rows"))

@@ -2223,7 +2223,7 @@ def test_bench_counts_flops_as_by_hand():
 
 
 def test_bench_takes_turns_and_leaves_out_what_fails():
-    args = argparse.Namespace(smoke=True, repeats=3, clock="wall", peers=False)
+    args = argparse.Namespace(smoke=True, repeats=3, clock="wall", peers=False, precision="fp32")
     b, calls = bench.Bench(args, torch.device("cpu")), []
     times = b.time_in_turns({"a": lambda: calls.append("a"), "broken": lambda: 1 / 0,
                              "b": lambda: calls.append("b")})
@@ -2234,9 +2234,17 @@ def test_bench_takes_turns_and_leaves_out_what_fails():
 
 
 @pytest.mark.slow
-def test_bench_measures_every_part(tmp_path):
-    result = bench.main(["--smoke", "--data-dir", str(tmp_path)])
+@pytest.mark.parametrize("precision, other", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_bench_measures_every_part_in_both_precisions(tmp_path, monkeypatch, precision, other):
+    made, make = [], bench.make
+    monkeypatch.setattr(bench, "make", lambda cfg, arm: (made.append((cfg.precision, arm)),
+                                                         make(cfg, arm))[1])
+    result = bench.main(["--smoke", "--data-dir", str(tmp_path), "--precision", precision])
     assert len({r["part"] for r in result["rows"]}) > 1 and not result["left_out"]
+    assert made == [(precision, "vanilla"), (precision, "pcr"), (other, "vanilla"),
+                    (precision, "vanilla")]
+    assert {f"64 features, {name}" for name in ("fid.py", other)} < {
+        r["name"] for r in result["rows"]}
     ours, scipys = (r["distance"] for r in result["rows"] if "distance" in r)
     assert ours == pytest.approx(scipys, rel=1e-8)
 
