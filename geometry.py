@@ -210,31 +210,3 @@ def report(x, train, side, n_show=30):
             **birthday(counts), "tv": tv, "tv_floor": floor,
             "unseen_share": counts[~is_in(keys, train)].sum().item() / max(s, 1),
             "coverage_exact": is_in(shown, keys).sum().item(), "coverage_n": len(shown)}
-
-
-def modes(kind):
-    """Gaussians in a plane: means (M, 2), their standard deviation, integer weights (M,). `ring`: 8
-    of radius 1; `grid`: 25, 2 apart; `circle`: 100 of radius 2 and a centre of weight 3."""
-    if kind == "grid":
-        return torch.cartesian_prod(*[torch.arange(-4., 5, 2)] * 2), 0.05, torch.ones(25).long()
-    n, radius, sigma, heart = {"ring": (8, 1, 0.01, 0), "circle": (100, 2, 0.05, 1)}[kind]
-    turn = torch.arange(n) * (2 * math.pi / n)
-    means = radius * torch.stack([turn.cos(), turn.sin()], 1)
-    return torch.cat([means, torch.zeros(heart, 2)]), sigma, torch.tensor([1] * n + [3] * heart)
-
-
-def draw_points(n, kind, seed=0):
-    """n points for each unit of weight of `modes`, float (N, 2), mode by mode."""
-    x, sigma = modes(kind)[0].repeat_interleave(n * modes(kind)[2], 0), modes(kind)[1]
-    return x + sigma * torch.randn(x.shape, generator=generator(seed))
-
-
-def report_points(x, kind):
-    """Of points (N, 2): how many `modes` have one within 3 standard deviations, the shares within 3
-    and 10 of any, reverse_kl of the shares of nearest modes from the true ones, 0 at best."""
-    means, sigma, weights = (torch.as_tensor(v, device=x.device) for v in modes(kind))
-    apart, nearest = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    share, true = nearest.bincount(minlength=len(means)) / len(x), weights / weights.sum()
-    return {"modes": len(nearest[apart < 3 * sigma].unique()),
-            **{f"within_{k}": (apart < k * sigma).float().mean().item() for k in (3, 10)},
-            "reverse_kl": torch.special.xlogy(share, share / true).sum().item()}

@@ -40,6 +40,7 @@ from PIL import Image
 from scipy import ndimage, stats
 from scipy.integrate import quad
 from scipy.linalg import sqrtm
+from scipy.optimize import minimize_scalar
 from scipy.special import gammaln
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,10 +56,11 @@ import exp_sc
 import fid
 import geometry
 import harness
+import neighbours
 import sweep
 import theory_sde as th
 from core import UserError
-from neighbours import mix_gan
+from neighbours import bourgan, mix_gan
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -935,8 +937,8 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(fid, "scorer", lambda cfg, images, dims: (None, {}))
     monkeypatch.setattr(fid, "load_inception", lambda *args, **kwargs: fid.Pixels())
     monkeypatch.setattr(fid, "reference", lambda *args: (None, None))
-    monkeypatch.setattr(data, "load", lambda name, size, *args, **kwargs: torch.zeros(
-        64, 1 if name == "geometry" else 3, size, size, dtype=torch.uint8))
+    monkeypatch.setattr(data, "load", lambda name, size, *args, **kwargs: torch.randint(
+        256, (64, 1 if name == "geometry" else 3, size, size), dtype=torch.uint8))
 
 
 def trainers(script, *argv):
@@ -954,8 +956,9 @@ def trainers(script, *argv):
 
 @pytest.mark.parametrize("script, argv", [
     (pcr_natural, ["--model", "all", "--dataset", "geometry", "--arms", *pcr_natural.ARMS]),
-    *((script, ["--dataset", kind]) for script in (insufficiency, exp_sc, pixels, mix_gan)
-      for kind in ("geometry", "cifar10")), (mix_gan, ["--dataset", "ring"])])
+    *((script, ["--dataset", kind]) for script in (
+        insufficiency, exp_sc, pixels, mix_gan, bourgan) for kind in ("geometry", "cifar10")),
+    *((script, ["--dataset", "ring"]) for script in (mix_gan, bourgan))])
 def test_updates_need_no_cpu(script, argv, monkeypatch):
     """No tensor of another device, no number read back, no shape that depends on numbers."""
     on_meta(monkeypatch)
@@ -1329,11 +1332,11 @@ def test_report_against_brute_force():
 
 @pytest.mark.parametrize("kind, n, radius", [("ring", 8, 1), ("grid", 25, 4), ("circle", 101, 2)])
 def test_points_of_the_true_law(kind, n, radius):
-    means, sigma, weights = geometry.modes(kind)
+    means, sigma, weights = neighbours.modes(kind)
     assert len(means) == len(weights) == n and means.abs().max() == pytest.approx(radius)
-    x = geometry.draw_points(400, kind)
+    x = neighbours.draw_points(400, kind)
     assert len(x) == 400 * weights.sum() and weights.sum() == (103 if kind == "circle" else n)
-    row = geometry.report_points(x, kind)
+    row = neighbours.report_points(x, kind)
     assert row["modes"] == n and row["within_10"] == 1 and row["reverse_kl"] < 1e-3
     if kind != "circle":                                        # whose modes overlap
         assert row["within_3"] == pytest.approx(1 - math.exp(-4.5), abs=3e-3)
@@ -1344,11 +1347,11 @@ def test_points_of_the_true_law(kind, n, radius):
 def test_points_by_hand():
     """Two of eight modes of the ring, 3 to 1, one point 5 sigma off and one lost."""
     x = torch.tensor([[1, 0], [1.02, 0], [1.05, 0], [0, 1.0]])
-    row = geometry.report_points(torch.cat([x, x + 1e-4]), "ring")
+    row = neighbours.report_points(torch.cat([x, x + 1e-4]), "ring")
     assert row["modes"] == 2 and row["within_3"] == 0.75 and row["within_10"] == 1
     assert row["reverse_kl"] == pytest.approx(0.75 * math.log(6) + 0.25 * math.log(2), rel=1e-5)
-    assert geometry.report_points(torch.zeros(4, 2), "ring")["within_10"] == 0
-    assert geometry.report_points(torch.zeros(4, 2), "circle")["reverse_kl"] == pytest.approx(
+    assert neighbours.report_points(torch.zeros(4, 2), "ring")["within_10"] == 0
+    assert neighbours.report_points(torch.zeros(4, 2), "circle")["reverse_kl"] == pytest.approx(
         math.log(103 / 3), rel=1e-5)
 
 
@@ -2364,7 +2367,7 @@ def test_theory_checks_agree_and_a_wrong_law_is_found(smoke, tmp_path, monkeypat
 
 def mix_config(arm, dataset="geometry", *more):
     """The configuration that the command gives a run."""
-    p = mix_gan.sweep.parser("", mix_gan.PRESETS["ring"], mix_gan.OWN, mix_gan.ARMS)
+    p = mix_gan.sweep.parser("", neighbours.PRESETS["ring"], mix_gan.OWN, mix_gan.ARMS)
     p.set_defaults(part="gan", dataset=dataset, data_dir=Path("."))
     cfg, = mix_gan.configure(mix_gan.sweep.parse(p, "mix_gan.py", [
         "--smoke", "--arms", arm, *map(str, more)]))
@@ -2373,7 +2376,7 @@ def mix_config(arm, dataset="geometry", *more):
 
 def mix_trainer(*args):
     cfg = mix_config(*args)
-    return mix_gan.make_trainer(cfg, mix_gan.prepare(cfg)[0])
+    return mix_gan.make_trainer(cfg, neighbours.prepare(cfg)[0])
 
 
 @pytest.mark.parametrize("dataset", ["ring", "geometry"])
@@ -2453,7 +2456,7 @@ def test_pooled_networks_never_meet():
     assert len(grads) == len(alone)
 
 
-@pytest.mark.parametrize("dataset", list(mix_gan.PRESETS))
+@pytest.mark.parametrize("dataset", list(neighbours.PRESETS))
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_wide_has_as_many_weights_as_the_mixture(dataset, preset, n):
@@ -2564,7 +2567,7 @@ def test_mix_smoke_and_samples(tmp_path, capsys):
     mix_gan.main(["--sample", str(ckpt), "--n", "9", "--out", str(out)])
     state = harness.read_checkpoint(ckpt)
     cfg = argparse.Namespace(**state["config"])
-    t = mix_gan.make_trainer(cfg, mix_gan.prepare(cfg)[0])
+    t = mix_gan.make_trainer(cfg, neighbours.prepare(cfg)[0])
     t.load(state)
     harness.save_grid(torch.cat(list(t.fakes(9)[""])), tmp_path / "same.png")
     assert out.read_bytes() == (tmp_path / "same.png").read_bytes()
@@ -2632,6 +2635,206 @@ def test_claims_of_distances_by_hand():
 def test_mistakes_in_mix_gan(tmp_path, args, message):
     with pytest.raises(UserError, match=message):
         mix_gan.main(["--smoke", "--outdir", str(tmp_path), *args])
+
+
+# ----------------------------------------------------------------------------- BourGAN
+
+
+def bourgan_config(arm, dataset="ring", *more):
+    """The configuration that the command gives a run."""
+    p = sweep.parser("", neighbours.PRESETS["ring"], bourgan.OWN, bourgan.ARMS)
+    p.set_defaults(part="gan", dataset=dataset, data_dir=Path("."))
+    return bourgan.configure(sweep.parse(p, "", ["--smoke", "--arms", arm, *map(str, more)]))[0]
+
+
+def bourgan_trainer(*args):
+    cfg = bourgan_config(*args)
+    return bourgan.make_trainer(cfg, neighbours.training(cfg))
+
+
+def metric_space(kind, n):
+    """Distances (n, n) of points of some metrics, also of such as no Euclidean space has."""
+    at, r = torch.arange(n)[:, None], torch.logspace(-3, 3, n, dtype=torch.float64)
+    gap = (at - at.T).abs()
+    return {"equal": (gap > 0).double(), "cycle": torch.minimum(gap, n - gap).double(),
+            "star": (r[:, None] + r).fill_diagonal_(0), "l1": torch.cdist(
+                randn(n, 3), randn(n, 3), p=1).fill_diagonal_(0)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["equal", "cycle", "star", "l1"])
+@pytest.mark.parametrize("n", [2, 17, 200])
+def test_distortion_is_below_the_bound(kind, n):
+    """No coordinate stretches a distance; over all pairs the distortion is below log2 n + 1, where
+    the proof (Matousek 2002, theorem 15.7.1) allows 20 times that."""
+    d, repeats = metric_space(kind, n), 8 * math.ceil(math.log(n))
+    e = bourgan.bourgain(d, repeats, core.generator(0))
+    assert e.shape == (n, repeats * math.ceil(math.log2(n)))
+    assert ((e[:, None] - e).abs().amax(2) <= d + 1e-9).all()
+    ratio = (bourgan.log_pairs(bourgan.apart(e)) - bourgan.log_pairs(d)).exp()
+    assert ratio.max() / ratio.min() < math.log2(n) + 1
+
+
+def test_embedding_by_hand():
+    """A coordinate is the distance to a set, never to none nor to all, of binomial size."""
+    d, k = metric_space("star", 9), np.arange(1, 9)
+    columns = bourgan.bourgain(d, 200, core.generator(1)).T
+    assert all(torch.equal(column, d[:, column == 0].amin(1)) for column in columns)
+    sizes = (columns == 0).sum(1).view(4, 200).double()
+    means = [np.average(k, weights=stats.binom(9, 0.5 ** j).pmf(k)) for j in range(1, 5)]
+    assert sizes.max() < 9 and sizes.mean(1).tolist() == pytest.approx(means, abs=0.25)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "centres", "bourgain", "permuted", "points"])
+def test_laws_have_the_same_scale_and_no_duplicates(law):
+    cfg, points = bourgan_config("bourgain", "ring", "--n-points", 30), randn(31, 2)
+    x, d, e, _ = bourgan.embed(cfg, points.repeat(3, 1), law)
+    assert len(torch.unique(x, dim=0)) == 30 and d.shape == (30, 30)
+    assert d[*torch.triu_indices(30, 30, 1)].min() > 0 and e.isfinite().all()
+    assert e.shape == (30, 2 if law == "points" else 25)
+    if law != "gaussian":
+        assert e.mean(0).abs().max() < 1e-9 and e.square().mean().item() == pytest.approx(1)
+    if law == "permuted":
+        plain = bourgan.embed(cfg, points, "bourgain")[2]
+        torch.testing.assert_close(e.sort(0)[0], plain.sort(0)[0])
+        assert not torch.equal(e, plain)
+    with pytest.raises(UserError, match="only 29 different"):
+        bourgan.embed(cfg, points[:29].repeat(2, 1), law)
+
+
+def test_scale_is_the_minimiser():
+    d, e = metric_space("star", 40), bourgan.apart(randn(40, 5))
+    logs, pairs = (bourgan.log_pairs(d), bourgan.log_pairs(e)), np.triu_indices(40, 1)
+    best = minimize_scalar(lambda s: (logs[0] - logs[1] - s).square().mean().item())
+    assert bourgan.log_scale(*logs, "ours").item() == pytest.approx(best.x, abs=1e-6)
+    assert bourgan.log_scale(*logs, "code").exp().item() == pytest.approx(
+        (d[pairs] / e[pairs]).sqrt().max().item())
+
+
+def test_corners_and_what_the_term_takes():
+    """Against all pairs by hand; what the term takes moves with the squares."""
+    at = geometry.place(40, 2, 16, 4, 1, core.generator(0)).double()
+    by_hand = [[min((a - b).norm(), (a - b.flip(0)).norm()) for b in at] for a in at]
+    assert bourgan.corners(geometry.render(at, 16, 4)).tolist() == pytest.approx(np.array(by_hand))
+    moved = geometry.render(torch.tensor([[[1, 1], [9, 9 + i]] for i in range(4)]), 16, 4)
+    far = bourgan.apart(bourgan.marginals(core.to_float(moved)))[0]
+    assert (far.diff() > 0.5 * far[1]).all()
+
+
+def test_gradient_of_the_distance_term_and_collapsed_pairs():
+    """By finite differences, in both batches; a pair of equal images or latents is no NaN."""
+    y, y2, z, z2 = (randn(4, 3, seed=i).requires_grad_() for i in range(4))
+    assert torch.autograd.gradcheck(lambda *a: bourgan.distance_term(*a, 0.3), (y, y2, z, z2))
+    u, v = (v.detach().norm(dim=1).log() for v in (y - y2, z - z2))
+    term = bourgan.distance_term(y, y2, z, z2, 0.3).item()
+    assert term == pytest.approx((u - v - 0.3).square().mean().item())
+    for a, b in ((y, z2), (y2, z), (y, z)):
+        loss = bourgan.distance_term(y, a, z, b, 0.3)
+        grads = torch.autograd.grad(loss, (y, y2, z, z2), allow_unused=True)
+        assert loss.isfinite() and all(g.isfinite().all() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("dataset", ["ring", "geometry"])
+def test_term_reaches_g_through_both_batches_and_d_sees_one(dataset):
+    t = bourgan_trainer("bourgain+d", dataset, "--beta", 0.5)
+    z, seen = [t.latent(8), t.latent(8)], []
+    left, (y, y2) = iter(z), map(t.G, z)
+    t.prior = lambda t, n: next(left)
+    t.D.register_forward_hook(lambda net, args, out: seen.append(args[0]))
+    loss, _ = bourgan.g_loss(t)
+    assert len(seen) == 1 and torch.equal(seen[0], y)
+    of, prior = bourgan.METRICS[t.cfg.metric][1], t.G[0]
+    term = bourgan.distance_term(of(y), of(y2), *map(prior, z), prior.log_scale)
+    torch.testing.assert_close(loss, core.LOSSES[t.cfg.loss][2](t.D(y)).mean() + 0.5 * term)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(term, (y, y2)))
+
+
+def test_a_draw_from_a_checkpoint_is_the_mixture(tmp_path):
+    """Never N(0, I): latents of a loaded G are the embedded points, each as often, and noise."""
+    harness.fit(bourgan_trainer("bourgain", "ring", "--sigma", 0.02), tmp_path)
+    state = harness.read_checkpoint(tmp_path / "ckpt.pt")
+    cfg = argparse.Namespace(**state["config"])
+    (G := bourgan.networks(cfg)[0]).load_state_dict(state["G"])
+    e = bourgan.embed(cfg, neighbours.draw_points(64, "ring"), "bourgain")[2].float()
+    u = G[0](randn(9_999, cfg.z_dim).float())
+    index = torch.cdist(u, e).argmin(1)
+    assert stats.chisquare(index.bincount(minlength=32)).pvalue > 1e-3
+    assert (u - e[index]).std().item() == pytest.approx(0.02, rel=0.02)
+    assert torch.equal(G[0](torch.tensor([[-40.0], [40]]) * torch.eye(26)[:1]), e[[0, -1]])
+
+
+@pytest.mark.parametrize("dataset", ["ring", "geometry"])
+def test_bourgan_stops_and_resumes_bit_for_bit(tmp_path, dataset):
+    def fit_bourgan(folder, stop=None):
+        t = bourgan_trainer("bourgain+d", dataset, "--steps", 6)
+        of_d = t.d_loss
+        t.d_loss = lambda t, *x: (t.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM),
+                                  of_d(t, *x))[1]
+        harness.fit(t, folder)
+    fit_bourgan(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit_bourgan(tmp_path / "cut", 3)
+    fit_bourgan(tmp_path / "cut")
+    check_same(tmp_path / "whole" / "ckpt.pt", tmp_path / "cut" / "ckpt.pt")
+    assert harness.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["G"]["0.e"].std() > 0.5
+
+
+def test_learned_by_heart_against_known_samples():
+    """Training points are, fresh ones are not; the W1 of fresh ones is about the floor."""
+    train, held, fresh = (neighbours.draw_points(40, "grid", seed) for seed in (0, 1, 2))
+    known, new, shrunk = (bourgan.beside_held(x, train, held) for x in (train, fresh, fresh / 2))
+    assert known["near"] == 0 and new["near"] == pytest.approx(1, abs=0.15)
+    assert new["w1"] < 3 * new["w1_floor"] < 0.05 < shrunk["w1"]
+
+
+def test_metrics_that_survive_and_that_do_not(tmp_path):
+    """Log distances of the grid and of corners survive the embedding; those of pixels do not."""
+    rows, common = {}, ["--part", "metric", "--preset", "cpu", "--n-points", "300"]
+    for name in ("grid l2", "geometry corners", "geometry l2"):
+        dataset, metric = name.split()
+        result = bourgan.main([*common, "--dataset", dataset, "--metric", metric, "--outdir",
+                               str(tmp_path), "--name", name])
+        rows |= {(name, r["arm"] == "centres"): r for r in result["rows"]}
+    grid, corners, pixels = (rows[k, False] for k in ("grid l2", "geometry corners", "geometry l2"))
+    assert grid["correlation"] > 0.93 and corners["correlation"] > 0.75
+    assert pixels["correlation"] < 0.3
+    assert pixels["variance"] > rows["geometry l2", True]["variance"]
+    assert grid["w1_floor"] < grid["w1"] < 0.6 * rows["grid l2", True]["w1"]
+    assert 0.7 < corners["of_term"] < 1 and pixels["of_term"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", list(neighbours.PRESETS))
+def test_bourgan_smoke_and_samples(tmp_path, monkeypatch, dataset):
+    monkeypatch.setattr(data, "load", lambda *args, **kw: uint8_images(64, size=32))
+    monkeypatch.setattr(fid, "load_inception", lambda *args, **kw: fid.Pixels())
+    common = ["--dataset", dataset, "--smoke", "--seeds", "0", "1", "--outdir", str(tmp_path)]
+    result, folder = bourgan.main(common), tmp_path / "bourgan" / f"{dataset}-smoke"
+    assert len(result["rows"]) == 16 and all(c["verdict"] for c in result["claims"])
+    assert all(np.isfinite([r[k] for k in ("near", "w1", "w1_floor")]).all() and r["scale"] > 0
+               for r in result["rows"])
+    assert Image.open(folder / "figure.png").width > 1000
+    assert bourgan.main([*common, "--part", "metric"])["claims"]
+
+
+def test_claims_of_bourgan_by_hand():
+    ends = {"gaussian": (17, 16), "centres": (25, 25), "bourgain": (18, 25), "bourgain+d": (9, 9)}
+    rows = [{"dataset": "grid", "embedded": "l2", "sigma": 0.01, "m": 100, "arm": arm, "seed": seed,
+             "modes": v, "within_3": v / 25, "near": 1 - 0.7 * (arm == "bourgain"), "w1": 0.1,
+             "n_eff": 150 if arm == "bourgain" else None, "w1_floor": 0.01}
+            for arm, both in ends.items() for seed, v in enumerate(both)]
+    found = {c["what"].split(": ")[1]: c["verdict"] for c in bourgan.claims(rows)}
+    assert [found[f"modes of bourgain, {a}"] for a in ("centres", "gaussian")] == ["no", "holds"]
+    assert found["effective number of samples, of bourgain"] == "holds for bourgain"
+    assert "no for gaussian, centres, bourgain+d; holds for bourgain" in found.values()
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--z-dim 9", "follows from"), ("--metric corners", "--metric of grid"),
+    ("--n-points 1", "at least 2"), ("--dataset cifar10 --split all", "held out"),
+    ("--dataset geometry --n-points 9000", "failed")])
+def test_mistakes_in_bourgan(tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
+        bourgan.main(["--smoke", "--arms", "bourgain", "--outdir", str(tmp_path), *args.split()])
 
 
 # ------------------------------------------------------------------------------ results and docs

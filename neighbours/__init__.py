@@ -1,0 +1,140 @@
+"""What the neighbouring papers share: data, presets, networks and scores of the methods' runs.
+
+Data: points of Gaussians in a plane (ring, grid, circle), images of two rectangles (geometry), and
+CIFAR-10. A script beside this file is one paper: its idea, its claims, its figure.
+"""
+import math
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+import core
+import data
+import fid
+import geometry
+import harness
+
+PLANES = {"ring": 150, "grid": 50, "circle": 12}    # points of a mode, of each unit of its weight
+# UNSPECIFIED: networks and step sizes of points. As in the code of BourGAN (Xiao et al. 2018).
+POINTS = dict(loss="ns", gp_weight=0.0, n_dis=1, batch=128, lr_g=1e-3, lr_d=1e-3, beta1=0.5, base=2,
+              beta2=0.999, lr_decay=False, steps=4000, size=16, width=128, z_dim=16, n_fid=2500,
+              n_end=2500)
+IMAGES = dict(loss="wgan", gp_weight=10.0, beta2=0.9, size=32, width=64, dims=2048, split="train")
+FEW = dict(jobs=1, n_dis=1, batch=8, steps=4, width=8, z_dim=4, n_train=64, n_fid=32, n_end=64,
+           n_real=32, dims=64, checks=2, log_every=2)
+COMMON = dict(arch="dcgan", norm_d="none", init_d="he", gp_comb=False, comb_weight=0.5, flip=False,
+              ema_beta=0.0, checks=20, log_every=50)
+PRESETS = {
+    **{kind: {"paper": POINTS | dict(n_train=n), "cpu": {}, "smoke": FEW}
+       for kind, n in PLANES.items()},
+    "geometry": {   # the GAN of exp_sc.py, on a CPU for as many updates as fit
+        "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
+            steps=50_000, z_dim=8, base=2, n_train=25_600, n_fid=4096, n_end=256_000),
+        "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, size=16, width=32, n_train=1800,
+            n_fid=1024, n_end=18_000), "smoke": FEW | dict(size=16)},
+    "cifar10": {    # the WGAN-GP of exp_pcr_natural.py
+        "paper": IMAGES | dict(n_dis=5, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, lr_decay=False,
+            steps=10_000, z_dim=128, base=4, n_fid=10_000, n_end=10_000),
+        "cpu": dict(n_dis=2, batch=32, lr_g=5e-4, lr_d=5e-4, steps=300, width=16, n_fid=256,
+            n_end=256, n_real=1024, checks=1, log_every=20), "smoke": FEW}}
+MEASURES = {    # {key: (words, unit)}, the main one first
+    **dict.fromkeys(PLANES, {"within_3": ("points within 3 sigma", 100), "modes": ("modes", 1),
+                             "reverse_kl": ("reverse KL of mode shares", 1)}),
+    "geometry": {"correct_exact": ("exactly correct images", 100), "n_eff": (
+        "effective number of images", 1), "distinct": ("different correct images", 1)},
+    "cifar10": {"distance": ("{metric}", 1), "kid": ("KID", 1)}}
+LOWER = ("reverse_kl", "distance", "kid")           # less is better
+OWN = {
+    "dataset": (tuple(PRESETS), "(%(default)s)"), "n_end": (int, 2, 10 ** 9, "samples at the end"),
+    **data.FLAGS, **fid.FLAGS, "n_train": (int, 1, 10 ** 9, "training images, or points of a mode")}
+
+
+def modes(kind):
+    """Gaussians in a plane: means (M, 2), their standard deviation, integer weights (M,). `ring`: 8
+    of radius 1; `grid`: 25, 2 apart; `circle`: 100 of radius 2 and a centre of weight 3."""
+    if kind == "grid":
+        return torch.cartesian_prod(*[torch.arange(-4., 5, 2)] * 2), 0.05, torch.ones(25).long()
+    n, radius, sigma, heart = {"ring": (8, 1, 0.01, 0), "circle": (100, 2, 0.05, 1)}[kind]
+    turn = torch.arange(n) * (2 * math.pi / n)
+    means = radius * torch.stack([turn.cos(), turn.sin()], 1)
+    return torch.cat([means, torch.zeros(heart, 2)]), sigma, torch.tensor([1] * n + [3] * heart)
+
+
+def draw_points(n, kind, seed=0):
+    """n points for each unit of weight of `modes`, float (N, 2), mode by mode."""
+    x, sigma = modes(kind)[0].repeat_interleave(n * modes(kind)[2], 0), modes(kind)[1]
+    return x + sigma * torch.randn(x.shape, generator=core.generator(seed))
+
+
+def report_points(x, kind):
+    """Of points (N, 2): how many `modes` have one within 3 standard deviations, the shares within 3
+    and 10 of any, reverse_kl of the shares of nearest modes from the true ones, 0 at best;
+    geometry.birthday of the squares that they lie in, a tenth of a standard deviation wide."""
+    means, sigma, weights = (torch.as_tensor(v, device=x.device) for v in modes(kind))
+    apart, nearest = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    share, true = nearest.bincount(minlength=len(means)) / len(x), weights / weights.sum()
+    squares = torch.unique((x * (10 / sigma)).floor(), dim=0, return_counts=True)[1]
+    return {"modes": len(nearest[apart < 3 * sigma].unique()),
+            **{f"within_{k}": (apart < k * sigma).float().mean().item() for k in (3, 10)},
+            "reverse_kl": torch.special.xlogy(share, share / true).sum().item(),
+            **geometry.birthday(squares)}
+
+
+def pair(cfg):
+    """One G and one D: perceptrons with two hidden layers for points, else core's."""
+    if cfg.dataset not in PLANES:
+        return core.build(cfg)
+
+    def net(n_in, n_out, width=cfg.width):
+        return nn.Sequential(nn.Linear(n_in, width), nn.LeakyReLU(0.1), nn.Linear(width, width),
+                             nn.LeakyReLU(0.1), nn.Linear(width, n_out))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return net(cfg.z_dim, 2), net(2, 1).append(nn.Flatten(0))
+
+
+def training(cfg):
+    """The training data: points float (N, 2), or images uint8 (N, C, H, W)."""
+    if cfg.dataset in PLANES:
+        return draw_points(cfg.n_train, cfg.dataset)
+    if cfg.dataset != "geometry":
+        return data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
+    if cfg.size < 16 or cfg.n_train < 2:
+        raise core.UserError(f"--size {cfg.size}, --n-train {cfg.n_train}: at least 16 and 2")
+    return torch.cat(geometry.draw_pairs(cfg.n_train // 2, cfg.size, cfg.size // 4)[:2])
+
+
+def prepare(cfg):
+    """The training data; a score, samples -> {name: number or None}; what the score is."""
+    x = training(cfg)
+    if cfg.dataset in PLANES:
+        return x, lambda fakes: report_points(fakes, cfg.dataset), {}
+    if cfg.dataset == "geometry":
+        return x, lambda fakes: geometry.report(fakes, x.to(fakes.device), cfg.size // 4), {}
+    score, protocol = fid.scorer(cfg, x, cfg.dims)
+    return x, lambda fakes: score(
+        Namespace(fakes=lambda n: {"": fakes.split(fid.BATCH)})), protocol
+
+
+def fit(t, folder, score, protocol):
+    """harness.fit, scored by what a number of fakes is worth -> its curve, [step, main measure]."""
+    def evaluate(t):
+        row = score(torch.cat(list(t.fakes(t.cfg.n_fid)[""])))
+        return {k: v for k, v in row.items() if v is not None}
+    harness.fit(t, folder, evaluate, protocol=protocol)
+    main, *_ = MEASURES[t.cfg.dataset]
+    rows = harness.read_rows(folder / "metrics.jsonl")
+    return [[r["step"], r[main]] for r in rows if main in r]
+
+
+def show(ax, x, kind, title, color):
+    """What was drawn, on an axis: points (N, 2) upon the modes, or images."""
+    if x.ndim == 2:
+        means = modes(kind)[0]
+        ax.scatter(*means.T, s=20, color="0.85", lw=0)
+        ax.scatter(*x.T, s=0.7, c=color, lw=0)
+        ax.axis(1.3 * means.max().item() * torch.tensor([-1, 1, -1, 1]).numpy())
+    else:
+        ax.imshow(harness.grid(x), interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[], frame_on=False, aspect=1)

@@ -8,7 +8,7 @@ come close to an equilibrium: T pairs, weighed by w and v; published for T times
 
 Arms: vanilla; mix, T of each, all against all; wide, one pair with as many weights as mix; pooled,
 T GANs side by side, each with batches of its own; many-g and many-d, T of one kind; frozen, w and v
-uniform. Data: ring and grid of Gaussians in a plane, images of two rectangles (geometry), CIFAR-10.
+uniform. Data: ring, grid and circle of points, images of two rectangles (geometry), CIFAR-10.
 Presets: paper (one GPU), cpu (vanilla, mix, wide: ten minutes a seed on a core), smoke (seconds).
 """
 import bisect
@@ -23,54 +23,26 @@ from torch import nn
 
 import core
 import data
-import fid
 import geometry
 import harness
+import neighbours
 import sweep
 
 # UNSPECIFIED: the step size of w and v. At the networks' 1e-4 of the authors' code they hardly
 # move. UNSPECIFIED: the unit of the entropy term, whose weight is 0.1 there, beside logarithmic
 # losses. Here it is the spread of the payoffs, a critic's having no unit; theirs would be 1 to 2.
 # DEVIATION: T is 3. The authors' code has 5, whose mixture costs 25 calls of D an update, not 9.
-COMMON = dict(arch="dcgan", components=3, mix_entropy=1.0, lr_w=1e-2, norm_d="none", init_d="he",
-              gp_comb=False, comb_weight=0.5, flip=False, ema_beta=0.0, checks=20, log_every=50)
-# UNSPECIFIED: all about points. Networks as in the code of BourGAN (Xiao et al. 2018).
-POINTS = dict(loss="ns", gp_weight=0.0, n_dis=1, batch=128, lr_g=1e-3, lr_d=1e-3, beta1=0.5, base=2,
-              beta2=0.999, lr_decay=False, steps=4000, size=16, width=128, z_dim=16, n_end=2500)
-IMAGES = dict(loss="wgan", gp_weight=10.0, beta2=0.9, size=32, width=64, dims=2048, split="train")
-FEW = dict(jobs=1, n_dis=1, batch=8, steps=4, width=8, z_dim=4, n_train=64, n_fid=32, n_end=64,
-           n_real=32, dims=64, checks=2, log_every=2)
-PRESETS = {
-    "ring": {"paper": POINTS | dict(n_train=150, n_fid=2500), "cpu": {}, "smoke": FEW},
-    "grid": {"paper": POINTS | dict(n_train=50, n_fid=2500), "cpu": {}, "smoke": FEW},
-    "geometry": {   # the GAN of exp_sc.py, on a CPU for as many updates as fit
-        "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
-            steps=50_000, z_dim=8, base=2, n_train=25_600, n_fid=4096, n_end=256_000),
-        "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, size=16, width=32, n_train=1800,
-            n_fid=1024, n_end=18_000), "smoke": FEW | dict(size=16)},
-    "cifar10": {    # the WGAN-GP of exp_pcr_natural.py
-        "paper": IMAGES | dict(n_dis=5, batch=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, lr_decay=False,
-            steps=10_000, z_dim=128, base=4, n_fid=10_000, n_end=10_000),
-        "cpu": dict(n_dis=2, batch=32, lr_g=5e-4, lr_d=5e-4, steps=300, width=16, n_fid=256,
-            n_end=256, n_real=1024, checks=1, log_every=20), "smoke": FEW}}
+COMMON = neighbours.COMMON | dict(components=3, mix_entropy=1.0, lr_w=1e-2)
 W1, GAPS = "W1 of two samples", ("gap of a trained D", "on fresh points", "from sample to law")
 DISTANCE = {    # d and m of W1; in 64 dimensions a D's hidden units and updates, and m, of its gap
     "cpu": dict(w1_d=[64, 1024], w1_m=[100, 300, 1000, 3000], hidden=[2, 16, 128], updates=300,
                 gap_m=[64, 256, 1024, 4096, 16_384]),
     "smoke": dict(w1_d=[64], w1_m=[10, 100], hidden=[2, 4], updates=10, gap_m=[300, 600])}
-PLANES = ("ring", "grid")
-MEASURES = {    # {key: (words, unit)}, the main one first
-    **dict.fromkeys(PLANES, {"within_3": ("points within 3 sigma", 100), "modes": ("modes", 1),
-                             "reverse_kl": ("reverse KL of mode shares", 1)}),
-    "geometry": {"correct_exact": ("exactly correct images", 100), "n_eff": (
-        "effective number of images", 1), "distinct": ("different correct images", 1)},
-    "cifar10": {"distance": ("{metric}", 1), "kid": ("KID", 1)}}
 OWN = {
-    "dataset": (tuple(PRESETS), "(%(default)s)"), "part": (("gan", "distance"), "(%(default)s)"),
-    "components": (int, 1, 100, "T, nets of a kind"), "n_end": (int, 2, 10 ** 9, "samples at end"),
+    "part": (("gan", "distance"), "(%(default)s)"),
+    "components": (int, 1, 100, "T, nets of a kind"),
     "mix_entropy": (float, 0, 10 ** 6, "weight of the cross-entropy of w and v to uniform"),
-    "lr_w": (float, 0, 10 ** 6, "Adam step size of the logits of w and v"), **data.FLAGS,
-    **fid.FLAGS, "n_train": (int, 1, 10 ** 9, "training images, or points of each mode")}
+    "lr_w": (float, 0, 10 ** 6, "Adam step size of the logits of w and v"), **neighbours.OWN}
 
 
 class Mixture(nn.Module):
@@ -147,24 +119,11 @@ ARMS = {"vanilla": core.d_loss, "mix": mix, "wide": core.d_loss, "pooled": poole
 SEVERAL = {"mix": "GD", "pooled": "GD", "many-g": "G", "many-d": "D", "frozen": "GD"}
 
 
-def pair(cfg):
-    """One G and one D: perceptrons with two hidden layers for points, else core's."""
-    if cfg.dataset not in PLANES:
-        return core.build(cfg)
-
-    def net(n_in, n_out, width=cfg.width):
-        return nn.Sequential(nn.Linear(n_in, width), nn.LeakyReLU(0.1), nn.Linear(width, width),
-                             nn.LeakyReLU(0.1), nn.Linear(width, n_out))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return net(cfg.z_dim, 2), net(2, 1).append(nn.Flatten(0))
-
-
 def networks(cfg):
     """G and D of a run, a Mixture each in the arms of SEVERAL, whose z has one entry more."""
     if cfg.arm not in SEVERAL:
-        return pair(cfg)
-    nets = zip(*(pair(Namespace(**vars(cfg) | {
+        return neighbours.pair(cfg)
+    nets = zip(*(neighbours.pair(Namespace(**vars(cfg) | {
         "z_dim": cfg.z_dim - 1, "seed": cfg.seed + 1000 * k})) for k in range(cfg.components)))
     return [Mixture(several if kind in SEVERAL[cfg.arm] else several[:1], learn=cfg.arm not in (
         "frozen", "pooled")) for kind, several in zip("GD", nets)]
@@ -183,22 +142,13 @@ def make_trainer(cfg, x):
     return t
 
 
-def prepare(cfg):
-    """The training data; a score of samples x; x -> labels for `overlap`; what the score is."""
-    kind, side = cfg.dataset, cfg.size // 4
-    if kind in PLANES:
-        return (geometry.draw_points(cfg.n_train, kind), lambda x: geometry.report_points(x, kind),
-                lambda x: torch.cdist(x, geometry.modes(kind)[0].to(x)).argmin(1), {})
-    if kind == "geometry":
-        if cfg.size < 16 or cfg.n_train < 2:
-            raise core.UserError(f"--size {cfg.size}, --n-train {cfg.n_train}: at least 16 and 2")
-        train = torch.cat(geometry.draw_pairs(cfg.n_train // 2, cfg.size, side)[:2])
-        return train, lambda x: geometry.report(x, train.to(x.device), side), lambda x: (
-            geometry.pack(x[geometry.has_two(x, side, geometry.count_exact)])), {}
-    images = data.load(kind, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
-    score, protocol = fid.scorer(cfg, images, cfg.dims)
-    return (images, lambda x: score(Namespace(fakes=lambda n: {"": x.split(fid.BATCH)})),
-            lambda x: x.flatten(1), protocol)
+def label(x, cfg):
+    """What of x (n, ...) can coincide: nearest modes, exactly correct images, or all of it."""
+    if x.dim() == 2:
+        return torch.cdist(x, neighbours.modes(cfg.dataset)[0].to(x)).argmin(1)
+    if cfg.dataset == "geometry":
+        return geometry.pack(x[geometry.has_two(x, cfg.size // 4, geometry.count_exact)])
+    return x.flatten(1)
 
 
 def overlap(labels):
@@ -215,13 +165,10 @@ def overlap(labels):
 
 def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
-    x, score, label, protocol = prepare(cfg)
-    t, (main, *_), mixture = make_trainer(cfg, x), MEASURES[cfg.dataset], cfg.arm in SEVERAL
-
-    def score_mixture(t, n=cfg.n_fid):
-        return {k: v for k, v in score(torch.cat(list(t.fakes(n)[""]))).items() if v is not None}
-    harness.fit(t, folder, score_mixture, protocol=protocol)
-    rows, n = harness.read_rows(folder / "metrics.jsonl"), 1000 if cfg.dataset in PLANES else 36
+    x, score, protocol = neighbours.prepare(cfg)
+    t, mixture = make_trainer(cfg, x), cfg.arm in SEVERAL
+    curve = neighbours.fit(t, folder, score, protocol)
+    rows, n = harness.read_rows(folder / "metrics.jsonl"), 1000 if x.dim() == 2 else 36
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=t.preview(n).cpu(), component=t.G.pick(t.latents(
             n, seed=1)).cpu() if mixture else np.zeros(n, int))
@@ -229,11 +176,11 @@ def run(cfg, folder):
     parts = [torch.cat(list(core.generate(*each))) for each in zip(nets, t.latents(
         cfg.n_end * len(nets), seed=2)[:, int(mixture):].split(cfg.n_end))]
     return {"dataset": cfg.dataset, "arm": cfg.arm, "seed": cfg.seed, "steps": t.step, **protocol,
-            "components": cfg.components, **score_mixture(t, cfg.n_end),
-            "parts": [score(x) for x in parts], "overlap": overlap([label(x) for x in parts]),
+            "components": cfg.components, **score(torch.cat(list(t.fakes(cfg.n_end)[""]))),
+            "parts": [score(x) for x in parts], "overlap": overlap([label(x, cfg) for x in parts]),
             **{k: net.weights().tolist() for k, net in (("w", t.G), ("v", t.D)) if mixture},
             "n_weights": sum(p.numel() for net in (t.G, t.D) for p in net.parameters()),
-            **cost(t), "curve": [[r["step"], r[main]] for r in rows if main in r], "entropy": [
+            **cost(t), "curve": curve, "entropy": [
                 [r["step"], r["entropy_w"], r["entropy_v"]] for r in rows if "entropy_w" in r]}
 
 
@@ -298,14 +245,14 @@ def claims_distance(rows):
 def claims(rows):
     """Does mix beat one pair of its size, and as many GANs pooled? A claim for each measure."""
     found, arms = [], list(dict.fromkeys(r.get("arm") for r in rows))
-    for key, (words, unit) in MEASURES.get(rows[0].get("dataset"), {}).items():
-        if all(key in r for r in rows):
+    for key, (words, unit) in neighbours.MEASURES.get(rows[0].get("dataset"), {}).items():
+        if all(r.get(key) is not None for r in rows):
             ends = {arm: sweep.values(rows, key, arm=arm) for arm in arms}
             ours = ", ".join(sweep.spread(v, unit) for v in ends.values())
             found.append((f"{rows[0]['dataset']}, T = {rows[0]['components']}: "
                           f"{words.format(**rows[0])} of {', '.join(arms)}", "mix is best",
                           f"{ours}; n={len(ends[arms[0]])}",
-                          sweep.beside(ends, "mix", key not in ("reverse_kl", "distance", "kid"))))
+                          sweep.beside(ends, "mix", key not in neighbours.LOWER)))
     return [{"paper": "MIX+GAN", **dict(zip(("what", "theirs", "ours", "verdict"), claim)),
              "front": "exactly correct" in claim[0]}
             for claim in (found if "arm" in rows[0] else claims_distance(rows))]
@@ -327,22 +274,18 @@ def plot_distance(rows, folder):
 
 def plot_arms(rows, folder):
     """What each arm draws, a colour for each component, and its weights w; its score -> figure."""
-    (words, _), *_ = MEASURES[rows[0]["dataset"]].values()
+    (words, _), *_ = neighbours.MEASURES[rows[0]["dataset"]].values()
     arms = {r["arm"]: [q for q in rows if q["arm"] == r["arm"]] for r in rows}
     fig = harness.figure(4)
     axes = fig.subplot_mosaic([[*arms], ["score"] * len(arms)], height_ratios=[1, 1.8])
     for arm, mine in arms.items():
         with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
             x, component = saved["samples"], saved["component"]
-        if x.ndim == 2:
-            means = geometry.modes(mine[0]["dataset"])[0]
-            axes[arm].scatter(*means.T, s=20, color="0.85", lw=0)
-            axes[arm].scatter(*x.T, s=0.7, c=[f"C{i}" for i in component], lw=0)
-            axes[arm].axis(1.3 * means.max().item() * np.array([-1, 1, -1, 1]))
-        else:
-            axes[arm].imshow(harness.grid(x[component.argsort(kind="stable")]))
-        weights = "w = {}%".format(" ".join(f"{100 * w:.0f}" for w in mine[0].get("w", [1])))
-        axes[arm].set(title=arm, xlabel=weights, xticks=[], yticks=[], frame_on=False, aspect=1)
+        if x.ndim == 4:
+            x = x[component.argsort(kind="stable")]
+        neighbours.show(axes[arm], x, mine[0]["dataset"], arm, [f"C{i}" for i in component])
+        weights = " ".join(f"{100 * w:.0f}" for w in mine[0].get("w", [1]))
+        axes[arm].set_xlabel(f"w = {weights}%")
         harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, marker=".",
                      **harness.style(arm))
     axes["score"].legend()
@@ -365,12 +308,13 @@ def configure(args):
         return [Namespace(**DISTANCE.get(args.preset, DISTANCE["cpu"]), part="distance", seed=seed,
                           seeds=args.seeds, device=args.device, run=f"s{seed}")
                 for seed in args.seeds]
-    cfg = sweep.resolve(args, OWN, COMMON, *map(PRESETS[args.dataset].get, ("paper", args.preset)),
+    presets = neighbours.PRESETS[args.dataset]
+    cfg = sweep.resolve(args, OWN, COMMON, presets["paper"], presets[args.preset],
                         channels=3 if args.dataset == "cifar10" else 1)
 
     def n_weights(width):
         with torch.device("meta"):
-            nets = pair(Namespace(**vars(cfg) | {"width": width, "seed": 0}))
+            nets = neighbours.pair(Namespace(**vars(cfg) | {"width": width, "seed": 0}))
         return sum(p.numel() for net in nets for p in net.parameters())
     own = {arm: {"z_dim": cfg.z_dim + 1} for arm in SEVERAL}
     own["pooled"]["batch"] = cfg.components * cfg.batch
@@ -381,7 +325,7 @@ def configure(args):
 
 
 def main(argv=None):
-    p = sweep.parser(__doc__, PRESETS["ring"], OWN, ARMS)
+    p = sweep.parser(__doc__, neighbours.PRESETS["ring"], OWN, ARMS)
     p.set_defaults(dataset="grid", part="gan", data_dir=data.DATA_DIR)
     args = sweep.parse(p, __file__, argv)
     if args.plot:
@@ -392,7 +336,7 @@ def main(argv=None):
     if sweep.announce(runs, args.dry_run, None if alone else run):
         return {}
     if not alone and not sweep.worker():    # what is missing or wrong shows here, before any file
-        core.check_batch(max(runs, key=lambda cfg: cfg.batch), len(prepare(runs[0])[0]))
+        core.check_batch(max(runs, key=lambda cfg: cfg.batch), len(neighbours.prepare(runs[0])[0]))
     folder, rows = sweep.train_all(args, f"{args.part if alone else args.dataset}-{args.preset}",
                                    runs, distances if alone else run)
     sweep.write_result(args, folder, runs, rows, claims(rows))
