@@ -188,6 +188,17 @@ def birthday(counts):
     return {"n_eff": tries / pairs, "n_eff_low": tries / high, "n_eff_high": tries / low}
 
 
+def total_variation(counts, n):
+    """Total variation of `counts` (K,) draws of K of n images from uniform over all n, and its mean
+    for as many uniform draws, de Moivre's mean deviation of a binomial number. None without any."""
+    s, p = counts.sum().item(), 1 / n
+    if not s:
+        return None, None
+    k = int(s * p)
+    floor = math.exp(math.log(math.comb(s - 1, k)) + k * math.log(p) + (s - k) * math.log1p(-p))
+    return ((counts / s - p).abs().sum().item() + 1 - len(counts) * p) / 2, floor
+
+
 def report(x, train, side, n_show=30):
     """What images x (N, 1, H, W), or batches of them, are worth beside the training images: a dict.
 
@@ -202,10 +213,7 @@ def report(x, train, side, n_show=30):
         keys.append(pack(part[has_two(part, side, count_exact)]))
     keys, counts = torch.unique(torch.cat(keys), dim=0, return_counts=True)
     shown = train[torch.randperm(len(train), generator=generator(0))[:n_show]]
-    s, p, tv, floor = counts.sum().item(), 1 / possible(train.shape[-1], side), None, None
-    if s:   # de Moivre's mean deviation of a binomial number, how often one image is drawn
-        tv, k = ((counts / s - p).abs().sum().item() + 1 - len(keys) * p) / 2, int(s * p)
-        floor = math.exp(math.log(math.comb(s - 1, k)) + k * math.log(p) + (s - k) * math.log1p(-p))
+    s, (tv, floor) = counts.sum().item(), total_variation(counts, possible(train.shape[-1], side))
     return {"n_samples": n, "correct": correct / n, "correct_exact": s / n, "distinct": len(keys),
             **birthday(counts), "tv": tv, "tv_floor": floor,
             "unseen_share": counts[~is_in(keys, train)].sum().item() / max(s, 1),

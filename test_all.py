@@ -2362,6 +2362,48 @@ def test_theory_checks_agree_and_a_wrong_law_is_found(smoke, tmp_path, monkeypat
     assert stop.value.code not in (0, None) and [*tmp_path.rglob("result.json")]
 
 
+# --------------------------------------------------------------------------- sets of squares
+
+
+@pytest.mark.parametrize("kind, n, euler", [
+    ("disc", 256, 1), ("torus", 256, 0), ("free", 9_576, 0), ("halves", 2_704, 1),
+    ("apart", 104, 2)])
+def test_sets_have_their_number_of_images_and_their_topology(kind, n, euler):
+    """All images are different; the cells that steps of a pixel span have the Euler characteristic
+    of a point, of a torus, of a circle or of two points."""
+    images, at = neighbours.squares(kind)
+    assert len(images) == n == geometry.count_distinct(images) and images.dtype == torch.uint8
+    lit = geometry.lit(images).sum((1, 2, 3))
+    assert (lit == 16 * neighbours.SETS[kind]).all() or kind == "disc" and lit.min() == 4
+    cells, size = {tuple(p.flatten().tolist()) for p in at}, images.shape[-1]
+    if kind == "free":      # squares have no names
+        cells |= {p[2:] + p[:2] for p in cells}
+    found = 0
+    for moved in itertools.product([0, 1], repeat=2 * at.shape[1]):     # cells of all dimensions
+        ends = list(itertools.product(*[(0, m) if m else (0,) for m in moved]))
+        found += (-1) ** sum(moved) * sum(all(tuple(
+            (a + b) % size if kind == "torus" else a + b for a, b in zip(p, end)) in cells
+            for end in ends) for p in cells)
+    assert found == euler
+    seen = neighbours.half(kind)[1]
+    assert seen.sum() == n // 2 and torch.equal(neighbours.half(kind)[1], seen)
+
+
+def test_report_of_squares_by_hand():
+    """Two equal copies, one image that was held out, one with a pixel lost, one dark: of five."""
+    images, seen = neighbours.half("halves")
+    copy, held = (images[v].clone() for v in (seen, ~seen))
+    blurred = copy[:1].clone()
+    blurred[0, 0][tuple((blurred[0, 0] > 0).nonzero()[0])] = 0
+    x = torch.cat([copy[3:4], copy[3:4], held[:1], blurred, torch.zeros_like(blurred)])
+    row = neighbours.report_squares(x, images, seen, 2)
+    assert (row["n_samples"], row["correct"], row["correct_exact"]) == (5, 0.8, 0.6)
+    assert row["distinct"] == 2 and row["copies"] == pytest.approx(2 / 3) and row["n_eff"] == 3
+    assert row["tv"] == pytest.approx(1 - 3 / 2_704) and row["tv_floor"] > 0.99
+    dark = neighbours.report_squares(torch.zeros_like(x), images, seen, 2)
+    assert dark["tv"] is None and dark["copies"] == dark["correct"] == 0
+
+
 # ----------------------------------------------------------------------------- MIX+GAN
 
 
@@ -2456,7 +2498,7 @@ def test_pooled_networks_never_meet():
     assert len(grads) == len(alone)
 
 
-@pytest.mark.parametrize("dataset", list(neighbours.PRESETS))
+@pytest.mark.parametrize("dataset", neighbours.DATA)
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_wide_has_as_many_weights_as_the_mixture(dataset, preset, n):
@@ -2803,7 +2845,7 @@ def test_metrics_that_survive_and_that_do_not(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", list(neighbours.PRESETS))
+@pytest.mark.parametrize("dataset", neighbours.DATA)
 def test_bourgan_smoke_and_samples(tmp_path, monkeypatch, dataset):
     monkeypatch.setattr(data, "load", lambda *args, **kw: uint8_images(64, size=32))
     monkeypatch.setattr(fid, "load_inception", lambda *args, **kw: fid.Pixels())

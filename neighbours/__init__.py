@@ -1,7 +1,8 @@
 """What the neighbouring papers share: data, presets, networks and scores of the methods' runs.
 
-Data: points of Gaussians in a plane (ring, grid, circle), images of two rectangles (geometry), and
-CIFAR-10. A script beside this file is one paper: its idea, its claims, its figure.
+Data: points of Gaussians in a plane (ring, grid, circle), images of two rectangles (geometry), sets
+of images of squares whose topology is known (SETS), and CIFAR-10. A script beside this file is one
+paper: its idea, its claims, its figure.
 """
 import math
 from argparse import Namespace
@@ -15,6 +16,7 @@ import fid
 import geometry
 import harness
 
+SETS = {"disc": 1, "torus": 1, "free": 2, "halves": 2, "apart": 1}  # squares of an image
 PLANES = {"ring": 150, "grid": 50, "circle": 12}    # points of a mode, of each unit of its weight
 # UNSPECIFIED: networks and step sizes of points. As in the code of BourGAN (Xiao et al. 2018).
 POINTS = dict(loss="ns", gp_weight=0.0, n_dis=1, batch=128, lr_g=1e-3, lr_d=1e-3, beta1=0.5, base=2,
@@ -26,6 +28,11 @@ FEW = dict(jobs=1, n_dis=1, batch=8, steps=4, width=8, z_dim=4, n_train=64, n_fi
 COMMON = dict(arch="dcgan", norm_d="none", init_d="he", gp_comb=False, comb_weight=0.5, flip=False,
               ema_beta=0.0, checks=20, log_every=50)
 PRESETS = {
+    **{kind: {      # the GAN of exp_sc.py on all images of a half of a set
+        "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
+            steps=50_000, z_dim=8, base=2, size=16, n_fid=4096, n_end=256_000),
+        "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, width=32, n_fid=1024, n_end=18_000),
+        "smoke": FEW | dict(n_train=None)} for kind in SETS},
     **{kind: {"paper": POINTS | dict(n_train=n), "cpu": {}, "smoke": FEW}
        for kind, n in PLANES.items()},
     "geometry": {   # the GAN of exp_sc.py, on a CPU for as many updates as fit
@@ -43,10 +50,13 @@ MEASURES = {    # {key: (words, unit)}, the main one first
                              "reverse_kl": ("reverse KL of mode shares", 1)}),
     "geometry": {"correct_exact": ("exactly correct images", 100), "n_eff": (
         "effective number of images", 1), "distinct": ("different correct images", 1)},
+    **dict.fromkeys(SETS, {"correct_exact": ("exactly correct images", 100), "tv": (
+        "total variation from uniform", 1), "copies": ("copies among correct images", 100)}),
     "cifar10": {"distance": ("{metric}", 1), "kid": ("KID", 1)}}
-LOWER = ("reverse_kl", "distance", "kid")           # less is better
+LOWER = ("reverse_kl", "distance", "kid", "tv", "copies")           # less is better
+DATA = (*PLANES, "geometry", "cifar10")
 OWN = {
-    "dataset": (tuple(PRESETS), "(%(default)s)"), "n_end": (int, 2, 10 ** 9, "samples at the end"),
+    "dataset": (DATA, "(%(default)s)"), "n_end": (int, 2, 10 ** 9, "samples at the end"),
     **data.FLAGS, **fid.FLAGS, "n_train": (int, 1, 10 ** 9, "training images, or points of a mode")}
 
 
@@ -81,6 +91,77 @@ def report_points(x, kind):
             **geometry.birthday(squares)}
 
 
+def squares(kind, size=16):
+    """All images of a set, squares of a quarter of `size`: uint8 (N, 1, H, W), corners (N, k, 2).
+
+    disc: one square, cut off at the border, 256 at 16 px, contractible; torus: one, wrapped, 256;
+    apart: one, at the left or the right end, 104, two components; halves: one at each end, 2,704,
+    contractible; free: two anywhere with a gap, 9,576, a circle up to homotopy.
+    """
+    side, every = size // 4, range(size - size // 4 + 1)
+    low, high = every[:side], every[-side:]
+
+    def places(rows, columns):
+        return torch.cartesian_prod(torch.tensor([*rows]), torch.tensor([*columns]))[:, None]
+    if kind == "free":
+        both = places(every, every)[torch.combinations(torch.arange(len(every) ** 2)), 0]
+        at = both[(both[:, 0] - both[:, 1]).abs().amax(1) > side]
+    elif kind == "halves":
+        left, right = places(every, low), places(every, high)
+        at = torch.cat([left.repeat_interleave(len(right), 0), right.repeat(len(left), 1, 1)], 1)
+    else:
+        at = {"disc": lambda: places(*[range(-(side // 2), size - side // 2)] * 2),
+              "torus": lambda: places(range(size), range(size)),
+              "apart": lambda: places(every, [*low, *high])}[kind]()
+    wrapped = [0, -size] if kind == "torus" else [0]
+    return torch.stack([geometry.render(at + torch.tensor([down, right]), size, side)
+                        for down in wrapped for right in wrapped]).amax(0), at
+
+
+def half(kind, size=16):
+    """All images of a set (N, 1, H, W); which of them, a random half, are trained on, bool (N,)."""
+    images, _ = squares(kind, size)
+    n = len(images)
+    return images, torch.randperm(n, generator=core.generator(0)) < n // 2
+
+
+def report_squares(x, images, seen, k):
+    """What images x (n, 1, H, W) are worth beside all `images` of a set of k squares, of which
+    `seen` (N,) were trained on. correct_exact: the share that is one of them; correct: that lies
+    within 2 k pixels of one. Of the exact ones: how many are distinct, geometry.birthday, copies,
+    the share that was trained on. Of all correct ones: tv of the nearest images from uniform,
+    tv_floor."""
+    known, seen, keys = geometry.lit(images).flatten(1).float().to(x.device), seen.to(x.device), []
+    for part in x.split(1024):
+        lit = geometry.lit(part).flatten(1).float()
+        keys.append((lit.sum(1, keepdim=True) + known.sum(1) - 2 * lit @ known.T).min(1))
+    apart, nearest = (torch.cat(v) for v in zip(*keys))
+    exact, near = (nearest[apart <= most].bincount(minlength=len(known)) for most in (0, 2 * k))
+    tv, floor = geometry.total_variation(near, len(known))
+    return {"n_samples": len(x), "correct": near.sum().item() / len(x),
+            "correct_exact": exact.sum().item() / len(x), "distinct": (exact > 0).sum().item(),
+            **geometry.birthday(exact), "copies": exact[seen].sum().item() / max(
+                exact.sum().item(), 1), "tv": tv, "tv_floor": floor}
+
+
+class Prior(nn.Module):
+    """Normals z (B, 1 + K) -> latents (B, K): z_0 picks a row of e (m, K), each as often, to which
+    sigma times the others are added; without rows, z (B, K) itself. First layer of a G: who draws
+    from that G, to score or to look, draws from the law. `log_scale` is for who needs one."""
+
+    def __init__(self, m, k, sigma):
+        super().__init__()
+        self.sigma = sigma
+        self.register_buffer("e", torch.zeros(m, k))
+        self.register_buffer("log_scale", torch.zeros(()))
+
+    def forward(self, z):
+        if not len(self.e):
+            return z
+        index = (len(self.e) * torch.special.ndtr(z[:, 0])).long().clamp(max=len(self.e) - 1)
+        return self.e[index] + self.sigma * z[:, 1:]
+
+
 def pair(cfg):
     """One G and one D: perceptrons with two hidden layers for points, else core's."""
     if cfg.dataset not in PLANES:
@@ -98,6 +179,9 @@ def training(cfg):
     """The training data: points float (N, 2), or images uint8 (N, C, H, W)."""
     if cfg.dataset in PLANES:
         return draw_points(cfg.n_train, cfg.dataset)
+    if cfg.dataset in SETS:
+        images, seen = half(cfg.dataset, cfg.size)
+        return images[seen]
     if cfg.dataset != "geometry":
         return data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
     if cfg.size < 16 or cfg.n_train < 2:
@@ -110,6 +194,9 @@ def prepare(cfg):
     x = training(cfg)
     if cfg.dataset in PLANES:
         return x, lambda fakes: report_points(fakes, cfg.dataset), {}
+    if cfg.dataset in SETS:
+        everything = half(cfg.dataset, cfg.size)
+        return x, lambda fakes: report_squares(fakes, *everything, SETS[cfg.dataset]), {}
     if cfg.dataset == "geometry":
         return x, lambda fakes: geometry.report(fakes, x.to(fakes.device), cfg.size // 4), {}
     score, protocol = fid.scorer(cfg, x, cfg.dims)

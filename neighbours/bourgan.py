@@ -112,23 +112,6 @@ def log_scale(log_d, log_e, how):
     return (log_d - log_e).mean() if how == "ours" else (log_d - log_e).max() / 2
 
 
-class Prior(nn.Module):
-    """Normals z (B, 1 + K) -> latents (B, K): z_0 picks a centre of e (m, K), to which sigma times
-    the others are added; without centres z itself. First layer of G: who draws from G has it."""
-
-    def __init__(self, m, k, sigma):
-        super().__init__()
-        self.sigma = sigma
-        self.register_buffer("e", torch.zeros(m, k))
-        self.register_buffer("log_scale", torch.zeros(()))
-
-    def forward(self, z):
-        if not len(self.e):
-            return z
-        index = (len(self.e) * torch.special.ndtr(z[:, 0])).long().clamp(max=len(self.e) - 1)
-        return self.e[index] + self.sigma * z[:, 1:]
-
-
 def distance_term(y, y2, z, z2, log_scale):
     """Mean of (ln |y - y2| - ln(scale |z - z2|))^2 over pairs of rows (B, F), b with b -> scalar.
     A norm of 0 counts as 1e-6, and has a gradient, 0."""
@@ -150,11 +133,11 @@ def g_loss(t):
 
 
 def networks(cfg):
-    """G, which begins with a Prior, its centres still to be filled in, and D."""
+    """G, which begins with a neighbours.Prior, its centres still to be filled in, and D."""
     mixture = ARMS[cfg.arm][0] != "gaussian"
     k = cfg.z_dim - mixture
     G, D = neighbours.pair(Namespace(**vars(cfg) | {"z_dim": k}))
-    return nn.Sequential(Prior(cfg.n_points * mixture, k, cfg.sigma), G), D
+    return nn.Sequential(neighbours.Prior(cfg.n_points * mixture, k, cfg.sigma), G), D
 
 
 def embed(cfg, x, law):
