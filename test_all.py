@@ -40,7 +40,9 @@ from PIL import Image
 from scipy import ndimage, stats
 from scipy.integrate import quad
 from scipy.linalg import sqrtm
-from scipy.optimize import minimize_scalar
+from scipy.optimize import linprog, minimize_scalar
+from scipy.sparse import csr_array as sparse_array
+from scipy.sparse import vstack as sparse_stack
 from scipy.special import gammaln
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +62,7 @@ import neighbours
 import sweep
 import theory_sde as th
 from core import UserError
-from neighbours import bourgan, mix_gan
+from neighbours import bourgan, latent, mix_gan
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -958,7 +960,9 @@ def trainers(script, *argv):
     (pcr_natural, ["--model", "all", "--dataset", "geometry", "--arms", *pcr_natural.ARMS]),
     *((script, ["--dataset", kind]) for script in (
         insufficiency, exp_sc, pixels, mix_gan, bourgan) for kind in ("geometry", "cifar10")),
-    *((script, ["--dataset", "ring"]) for script in (mix_gan, bourgan))])
+    *((script, ["--dataset", "ring"]) for script in (mix_gan, bourgan)),
+    *((latent, ["--dataset", kind, "--arms", *latent.MAIN, "uniform-rematched"])
+      for kind in ("apart", "cifar10"))])
 def test_updates_need_no_cpu(script, argv, monkeypatch):
     """No tensor of another device, no number read back, no shape that depends on numbers."""
     on_meta(monkeypatch)
@@ -2877,6 +2881,175 @@ def test_claims_of_bourgan_by_hand():
 def test_mistakes_in_bourgan(tmp_path, args, message):
     with pytest.raises(UserError, match=message):
         bourgan.main(["--smoke", "--arms", "bourgain", "--outdir", str(tmp_path), *args.split()])
+
+
+# ------------------------------------------------------------------- laws of latents and pairs
+
+
+def latent_config(arm, dataset="halves", *more):
+    """The configuration that the command gives a run."""
+    p = sweep.parser("", latent.PRESETS["free"], latent.OWN, latent.ARMS)
+    p.set_defaults(dataset=dataset, data_dir=Path("."))
+    return latent.configure(sweep.parse(p, "", ["--smoke", "--arms", arm, *map(str, more)]))[0]
+
+
+def latent_trainer(folder, *args):
+    cfg = latent_config(*args)
+    return latent.make_trainer(cfg, neighbours.training(cfg), folder)[0]
+
+
+@pytest.mark.parametrize("n, size, seed", [(2, 1, 0), (5, 2, 1), (12, 3, 2)])
+def test_transport_against_an_exact_linear_programme(n, size, seed):
+    """Cells have the masses that they shall have, and nearly every point lies in the cell that the
+    best plan of all sends it to, whose cost is no better than that of the cells."""
+    y, s = 0.3 * randn(n, size, seed=seed).float(), 1_500
+    mass = torch.rand(n, generator=core.generator(seed)) + 0.2
+    mass /= mass.sum()
+    h, _ = latent.transport(y, mass, 400, core.generator(seed))
+    u = torch.rand(s, size, generator=core.generator(9)) - 0.5
+    cell, gain = latent.cells(u, y, h)[:, 0], (u @ y.T).double().numpy()
+    rows, columns = (sparse_array(np.kron(*pair)) for pair in (
+        (np.eye(s), np.ones(n)), (np.ones(s), np.eye(n))))
+    plan = linprog(-gain.ravel(), A_eq=sparse_stack([rows, columns]), b_eq=np.r_[
+        np.full(s, 1 / s), mass.double() / mass.double().sum()]).x.reshape(s, n)
+    assert plan.sum(0) == pytest.approx(mass.numpy(), abs=1e-6)
+    shares = cell.bincount(minlength=n) / s
+    assert shares.tolist() == pytest.approx(mass.tolist(), abs=4 * (0.25 / s) ** 0.5)
+    assert (plan.argmax(1) == cell.numpy()).mean() > 0.93
+    ours = gain[np.arange(s), cell].mean()
+    assert ours == pytest.approx((plan * gain).sum(), abs=0.03 * gain.std() + 1e-3)
+
+
+@pytest.mark.slow
+def test_transport_to_as_many_codes_as_the_rectangles_have():
+    """1,645 codes of 1,800 images: no cell is empty, total variation within twice the floor, under
+    a minute; each code is drawn as often as its multiplicity says."""
+    mass = torch.ones(1_645)
+    mass[:155] = 2
+    mass, start = mass / mass.sum(), time.process_time()
+    h, took = latent.transport(randn(1_645, 8).float() / 8, mass, 200, core.generator(0))
+    assert time.process_time() - start < 60 and took["empty"] == 0
+    assert 0.5 * took["tv_floor"] < took["tv"] < 2 * took["tv_floor"]
+    u = torch.rand(200_000, 8, generator=core.generator(1)) - 0.5
+    share = (latent.cells(u, randn(1_645, 8).float() / 8, h) < 155).float().mean().item()
+    assert share == pytest.approx(310 / 1_800, rel=0.05)
+
+
+def test_mixtures_and_laws_of_codes_by_hand():
+    y = torch.tensor([[0.0, 0], [1, 0], [0, 1], [-3, 0]])
+    i, j = torch.tensor([[0, 1], [0, 2], [1, 3], [3, 1]]).T
+    every = latent.mixtures(i, j, y, 1.0)
+    assert every.tolist() == [[0.25, 0], [0, 0.25], [0, 0], [-2, 0]]
+    assert latent.mixtures(i, j, y, 0.5).tolist() == every[:2].tolist()    # of 45 degrees
+    y = randn(30, 3).float()
+    cfg, mass = argparse.Namespace(seed=0, quantile=1.0, ot_steps=50), torch.arange(30.0) / 435
+    z, _ = latent.draw_law(cfg, "encoded", y, mass, 20_000)
+    counts = torch.cdist(z, y).argmin(1).bincount(minlength=30)
+    assert stats.chisquare(counts[1:], 20_000 * mass[1:].double()).pvalue > 1e-3
+    assert counts[0] == 0 and (torch.cdist(z, y).amin(1) < 2e-3).all()
+    near = torch.cdist(y, y).argsort(1)[:, 1:11]
+    allowed = (0.75 * y[:, None] + 0.25 * y[near]).flatten(0, 1)
+    for law, inside in (("knn", True), ("ot", False)):      # a cell may touch one further away
+        z, took = latent.draw_law(cfg, law, y, mass, 2_000)
+        assert z.shape == (2_000, 3) and (torch.cdist(z, allowed).amin(1).max() < 2e-3) == inside
+        assert ("tv" in took) != inside
+    z, _ = latent.draw_law(cfg, "gmm", y, torch.ones(30) / 30, 20_000)
+    torch.testing.assert_close(torch.cov(z.T), torch.cov(y.T, correction=0), atol=0.06, rtol=0.06)
+    z = latent.Uniform()(randn(20_000, 2).float())
+    assert stats.kstest(z.flatten(), stats.uniform(-3 ** 0.5, 2 * 3 ** 0.5).cdf).pvalue > 1e-3
+
+
+def test_an_autoencoder_learns_and_its_codes_are_scaled():
+    cfg = latent_config("ot-encoded", "apart", "--ae-steps", 150, "--width", 16)
+    x = neighbours.training(cfg)
+    y, error = latent.autoencode(cfg, x, 4, torch.device("cpu"))
+    assert y.shape == (52, 4) and y.mean(0).abs().max() < 1e-5
+    assert y.std(0, correction=0).tolist() == pytest.approx([1] * 4, abs=1e-4)
+    assert error < 0.6 * core.to_float(x).var()     # of a constant image: 0.9 and more
+
+
+def test_pairs_by_hand(tmp_path, monkeypatch):
+    """A batch of codes and of their own images, weighed less and less; rematched: of others."""
+    none, paired, mixed = (latent_trainer(tmp_path / pairs, f"gaussian-{pairs}", "apart", "--batch",
+                                          32, "--n-codes", 32, "--pair-weight", 5)
+                           for pairs in ("none", "random", "rematched"))
+    monkeypatch.setattr(core, "g_loss", lambda t: (torch.zeros(()), {}))
+    assert latent.g_loss(none) == (torch.zeros(()), {})
+    wanted = (paired.G[1](paired.codes) - core.to_float(paired.paired)).square().mean().item()
+    for step, left in ((0, 5), (1, 2.5), (2, 0), (3, 0)):
+        paired.step = step
+        loss, logs = latent.g_loss(paired)
+        assert logs["pairs"].item() == pytest.approx(wanted, rel=1e-4)
+        assert loss.item() == pytest.approx(left * wanted, rel=1e-4)
+    grads = torch.autograd.grad(logs["pairs"], [*paired.G.parameters()])
+    assert all(g.abs().sum() > 0 for g in grads[-2:])
+    drawn = []
+    monkeypatch.setattr(core, "draw_index", lambda n, batch, *more: drawn.append(
+        torch.randperm(n)[:batch]) or drawn[-1])
+    loss = latent.g_loss(mixed)[1]["pairs"].item()
+    i, j = drawn
+    assert loss == pytest.approx((mixed.G[1](mixed.codes[j]) - mixed.images(
+        i, mixed.paired)).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["gaussian-random", "ot-encoded"])
+def test_latent_resumes_bit_for_bit_and_prepares_once(tmp_path, monkeypatch, arm):
+    def fit_latent(folder, stop=None):
+        t = latent_trainer(folder, arm, "halves", "--steps", 6)
+        of_d = t.d_loss
+        t.d_loss = lambda t, *x: (t.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM),
+                                  of_d(t, *x))[1]
+        harness.fit(t, folder)
+        return t
+    fit_latent(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit_latent(tmp_path / "cut", 3)
+    monkeypatch.setattr(latent, "autoencode", None)
+    t = fit_latent(tmp_path / "cut")
+    check_same(tmp_path / "whole" / "ckpt.pt", tmp_path / "cut" / "ckpt.pt")
+    if arm == "ot-encoded":     # whoever loads G draws from the law
+        state = harness.read_checkpoint(tmp_path / "cut" / "ckpt.pt")
+        (G := latent.networks(argparse.Namespace(**state["config"]))[0]).load_state_dict(state["G"])
+        z = G[0](randn(500, t.cfg.z_dim).float())
+        assert (torch.cdist(z, t.G[0].e).amin(1) < 1e-3).all() and z.std() > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset, arms", [
+    ("apart", list(latent.MAIN)), ("free", ["uniform-none", "gmm-rematched"]),
+    ("cifar10", ["ot-encoded", "knn-none"])])
+def test_latent_smoke_and_samples(tmp_path, monkeypatch, dataset, arms):
+    monkeypatch.setattr(data, "load", lambda *args, **kw: uint8_images(64, size=32))
+    monkeypatch.setattr(fid, "load_inception", lambda *args, **kw: fid.Pixels())
+    common = ["--dataset", dataset, "--smoke", "--outdir", str(tmp_path)]
+    result = latent.main([*common, "--seeds", "0", "1", "--arms", *arms])
+    folder = tmp_path / "latent" / f"{dataset}-smoke"
+    assert len(result["rows"]) == 2 * len(arms) and result["claims"]
+    assert all(("mse" in r) == (r["arm"].split("-")[0] in latent.OF_CODES or "gmm" in r["arm"]
+                                ) for r in result["rows"])
+    assert Image.open(folder / "figure.png").width > 1000
+    latent.main(["--sample", str(folder / f"{arms[-1]}-s0" / "ckpt.pt"), "--n", "4", "--out",
+                 str(tmp_path / "grid.png")])
+    assert len(latent.main([*common, "--law", "gaussian", "--name", "law"])["rows"]) == 4
+
+
+def test_claims_of_laws_by_hand():
+    ends = {"gaussian-none": (0.2, 0.3), "gaussian-random": (0.1, 0.25), "encoded-none": (0.7, 0.8)}
+    rows = [{"dataset": "free", "arm": arm, "seed": seed, "correct_exact": v, "tv": 0.1,
+             "copies": 0.5, "to_60": 400 if v > 0.75 else None}
+            for arm, both in ends.items() for seed, v in enumerate(both)]
+    found = {c["theirs"]: c["verdict"] for c in latent.claims(rows) if c["theirs"]}
+    assert found == {"the law cures": "holds", "the pairs cure": "no",
+                     "the law does more than pairs": "holds"}
+    assert latent.claims(rows)[-1]["ours"] == "never, never; never, never; never, 400"
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--n-codes 1", "at least 2"), ("--quantile 1.5", "at most 1"),
+    ("--dataset apart --batch 64", "only 52 training images"), ("--size 12", "power of two")])
+def test_mistakes_in_latent(tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
+        latent.main(["--smoke", "--outdir", str(tmp_path), *args.split()])
 
 
 # ------------------------------------------------------------------------------ results and docs
