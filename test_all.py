@@ -62,7 +62,7 @@ import neighbours
 import sweep
 import theory_sde as th
 from core import UserError
-from neighbours import bourgan, latent, mix_gan
+from neighbours import bourgan, double_descent, latent, mix_gan
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -3050,6 +3050,66 @@ def test_claims_of_laws_by_hand():
 def test_mistakes_in_latent(tmp_path, args, message):
     with pytest.raises(UserError, match=message):
         latent.main(["--smoke", "--outdir", str(tmp_path), *args.split()])
+
+
+@pytest.mark.parametrize("k, n", [(3, 12), (12, 3), (4, 20), (60, 20)])
+def test_moments_of_paired_least_squares(k, n):
+    """Against pinv itself, and the mean shrinkage against their ratio at infinity."""
+    z = torch.randn(4_000, k, n, generator=core.generator(0), dtype=torch.float64)
+    m = torch.linalg.pinv(z) @ torch.linalg.pinv(z).mT
+    trace, square = m.diagonal(dim1=1, dim2=2).sum(1), m.square().sum((1, 2))
+    for draws, exact in zip((trace, trace ** 2, square), double_descent.moments(k, n)):
+        error = draws.std().item() / len(draws) ** 0.5
+        assert abs(draws.mean().item() - exact) < 4 * error and error < 0.2 * exact
+    assert double_descent.moments(k, n)[0] == pytest.approx(double_descent.shrinkage(k, n))
+
+
+def test_errors_and_roots_by_hand():
+    """W2 of diagonal Gaussians in closed form; G of pairs is X pinv(Z); PCA is X X' / n cut off."""
+    s, root = torch.tensor([4.0, 1, 0.25]).double(), torch.diag(torch.tensor([1.0, 3, 0]).double())
+    trace, frobenius, w2 = (v.item() for v in double_descent.errors(root[None], s))
+    assert trace == pytest.approx(10 / 5.25) and w2 == pytest.approx((1 + 4 + 0.25) / 5.25)
+    assert frobenius == pytest.approx((3 ** 2 + 8 ** 2 + 0.25 ** 2) / (16 + 1 + 1 / 16))
+    x, gen = randn(2, 9, 5), core.generator(3)
+    for k in (3, 5, 8):
+        root = double_descent.roots("pairs", x, k, gen.manual_seed(3))
+        z = torch.randn(2, k, 5, generator=gen.manual_seed(3), dtype=x.dtype)
+        g = x @ torch.linalg.pinv(z)
+        torch.testing.assert_close(root @ root.mT, g @ g.mT)
+        root = double_descent.roots("pca", x, k, gen)
+        values = torch.linalg.eigvalsh(x @ x.mT / 5).flip(1)[:, :min(k, 5)]
+        torch.testing.assert_close((root @ root.mT).diagonal(dim1=1, dim2=2).sum(1), values.sum(1))
+    shrunk, rescaled = (double_descent.roots(method, x, 8, gen.manual_seed(3))
+                        for method in ("shrunk", "rescaled"))
+    torch.testing.assert_close(shrunk @ shrunk.mT, 2.5 * x @ x.mT / 5)
+    pairs = double_descent.roots("pairs", x, 8, gen.manual_seed(3))
+    torch.testing.assert_close(rescaled @ rescaled.mT * 2.5, pairs @ pairs.mT)
+
+
+def test_semi_is_the_minimiser_of_both_terms():
+    x = randn(2, 6, 4)
+    g = double_descent.semi(x, 6, 2_000, core.generator(0))
+    z = torch.randn(2, 6, 2, generator=core.generator(0), dtype=x.dtype)
+    left = (x[..., :2] - g @ z).square().sum() / 2 + (g @ g.mT - x @ x.mT / 4).square().sum()
+    assert left < 1e-3 * x.square().sum()       # six latents suffice for both
+
+
+def test_double_descent_finds_a_wrong_law(tmp_path, monkeypatch):
+    args = ["--smoke", "--seeds", "0", "1", "--draws", "300", "--outdir", str(tmp_path)]
+    result = double_descent.main(args)
+    claims = {c["what"]: c["verdict"] for c in result["claims"]}
+    assert claims["laws of the trace and of the Frobenius error"] == "holds"
+    assert claims["squared W2 error of pairs at k = n/2, n, 5 n"] == "holds"
+    assert claims["least squared W2 error of pairs for k > n, k < n"] == "holds"
+    assert claims["least squared W2 error for k > n of rescaled, pca"] == "no"
+    assert Image.open(tmp_path / "double_descent" / "smoke" / "figure.png").width > 1000
+    law = double_descent.law
+    monkeypatch.setattr(double_descent, "law", lambda *args: law(*args) and [
+        1.2 * v for v in law(*args)])
+    result = double_descent.main([*args, "--name", "wrong"])
+    assert result["claims"][-1]["verdict"] == "no"
+    with pytest.raises(UserError, match="below --d"):
+        double_descent.main(["--smoke", "--n-known", "64", "--outdir", str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------ results and docs

@@ -251,7 +251,8 @@ def claims(rows):
                     of[k], best, k not in LOWER)))
             lines += [(f"{words} of {a}, {b}", answer, f"{ours[a]}, {ours[b]}", sweep.verdict(
                 of[k][a], of[k][b], k not in LOWER)) for answer, (a, b) in QUESTIONS.items()
-                if i < 2 and a in arms and b in arms and "near" in one]
+                if i < 1 + (answer == "the embedding cures") and {a, b} <= set(arms)
+                and "near" in one]
         for k, words, most in (("near", "distance to training data as a share of that to held-out",
                                 0.5), ("n_eff", "effective number of samples", 2 * one["m"])):
             ends = {arm: v for arm, v in of.get(k, {}).items() if None not in v}
@@ -265,10 +266,12 @@ def claims(rows):
 
 
 def plot_arms(rows, folder):
-    """What each arm draws; its score, dotted without the term; whether it was learned by heart."""
+    """What each arm draws; its score, dotted without the term; whether it was learned by heart,
+    open circles without the term."""
+    kept = "n_eff" if any(r.get("n_eff") for r in rows) else [*MEASURES[rows[0]["dataset"]]][0]
     arms = {r["arm"]: [q for q in rows if q["arm"] == r["arm"]] for r in rows}
     fig, n = harness.figure(4), len(arms)
-    axes = fig.subplot_mosaic([[arm for arm in arms for _ in "12"], ["score"] * n + ["near"] * n],
+    axes = fig.subplot_mosaic([[arm for arm in arms for _ in "12"], ["score"] * n + ["end"] * n],
                               height_ratios=[1, 2.5])
     for arm, mine in arms.items():
         x = np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz")["samples"]
@@ -276,12 +279,17 @@ def plot_arms(rows, folder):
         neighbours.show(axes[arm], x, mine[0]["dataset"], arm, colour)
         harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour,
                      ls="-" if ARMS[arm][1] else ":")
-        axes["near"].scatter([r["near"] for r in mine], [arm] * len(mine), 12, colour)
-    (words, _), *_ = MEASURES[rows[0]["dataset"]].values()
-    axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
-    axes["near"].set(title="distance to training data over that to held-out")
-    axes["near"].axvline(0, color="grey", ls=":"), axes["near"].axvline(1, color="grey", ls=":")
-    axes["near"].invert_yaxis(), axes["score"].legend(ncols=2)
+        axes["end"].scatter([r["near"] for r in mine], [r[kept] or np.nan for r in mine], 16,
+                            colour if ARMS[arm][1] else "none", edgecolors=colour)
+    words = [*MEASURES[rows[0]["dataset"]].values()][0][0].format(**rows[0])
+    axes["score"].set(xlabel="updates of G", title=words)
+    axes["end"].set(xlabel="distance to training data over that to held-out", title=words)
+    axes["end"].axvline(1, color="grey", ls=":")
+    if kept == "n_eff":
+        axes["end"].set(title="effective number of samples, open: without +d", yscale="log")
+        axes["end"].axhline(rows[0]["m"], color="grey", ls="--", label="m embedded points")
+        axes["end"].legend()
+    axes["score"].legend(ncols=2)
     return fig
 
 
