@@ -2064,6 +2064,16 @@ def test_each_arm_of_rectangles_is_its_cures(monkeypatch):
     assert calls == [(True, False), (False, weight.tolist()), (True, weight.tolist())]
 
 
+def test_score_of_rectangles_by_hand():
+    """Two perfect squares, two of which one lacks a pixel, one, and three: counters differ."""
+    x = torch.cat([geometry.draw(1, k, 16, 4, seed=k) for k in (2, 2, 1, 3)])
+    x[1, 0][tuple((x[1, 0] > 0).nonzero()[0])] = 0
+    t = argparse.Namespace(cfg=sc_config(n_fid=4), fakes=lambda n: {"": [x], "_ema": [x[:1]]})
+    row = exp_sc.score(t)
+    assert (row["correct"], row["correct_exact"], row["wrong"]) == (0.5, 0.25, 0.5)
+    assert row["hist"] == [0, 0.25, 0.5, 0.25, 0] and row["correct_exact_ema"] == 1
+
+
 def test_coverage_against_brute_force(monkeypatch):
     cfg = sc_config()
     images, _ = exp_sc.training_set(cfg)
