@@ -62,7 +62,7 @@ import neighbours
 import sweep
 import theory_sde as th
 from core import UserError
-from neighbours import bourgan, double_descent, latent, mix_gan
+from neighbours import bourgan, double_descent, infogan_cr, latent, mix_gan
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -962,7 +962,7 @@ def trainers(script, *argv):
         insufficiency, exp_sc, pixels, mix_gan, bourgan) for kind in ("geometry", "cifar10")),
     *((script, ["--dataset", "ring"]) for script in (mix_gan, bourgan)),
     *((latent, ["--dataset", kind, "--arms", *latent.MAIN, "uniform-rematched"])
-      for kind in ("apart", "cifar10"))])
+      for kind in ("apart", "cifar10")), (infogan_cr, ["--dataset", "halves"])])
 def test_updates_need_no_cpu(script, argv, monkeypatch):
     """No tensor of another device, no number read back, no shape that depends on numbers."""
     on_meta(monkeypatch)
@@ -3120,6 +3120,203 @@ def test_double_descent_finds_a_wrong_law(tmp_path, monkeypatch):
     assert result["claims"][-1]["verdict"] == "no"
     with pytest.raises(UserError, match="below --d"):
         double_descent.main(["--smoke", "--n-known", "64", "--outdir", str(tmp_path)])
+
+
+# ----------------------------------------------------------------------------- InfoGAN-CR
+
+
+def info_trainer(arm, *more):
+    """The trainer of a run of the command, with four codes, and noise of two."""
+    p = sweep.parser("", neighbours.PRESETS["ring"], infogan_cr.OWN, infogan_cr.ARMS)
+    p.set_defaults(dataset="halves", data_dir=Path("."))
+    cfg, = infogan_cr.configure(sweep.parse(p, "", [
+        "--smoke", "--z-dim", "6", "--arms", arm, *map(str, more)]))
+    return infogan_cr.make_trainer(cfg, neighbours.training(cfg))
+
+
+HALVES = neighbours.squares("halves")[1].flatten(1)     # of 13, 4, 13 and 4 values, all products
+
+
+@pytest.mark.parametrize("name, score, luck, gap", [
+    ("perfect", 1, 0, 1), ("permuted", 1, 0, 1), ("turned", 0.75, 0.04, 0.5),
+    ("halved", 0.75, 0.05, 0.75), ("random", 0.25, 0.08, 0), ("dead", 0.25, 0.05, 0)])
+def test_scores_of_synthetic_encoders(name, score, luck, gap):
+    """By hand. Rows turned by 45 degrees: two codes say either row equally well. Halved: no code
+    for a factor. Where a code votes for several factors alike, the largest number is lucky."""
+    f, noise = HALVES.double(), randn(len(HALVES), 4)
+    z = {"perfect": f, "permuted": 7 - 1e-3 * f[:, [2, 3, 1, 0]], "random": noise, "dead": 0 * f,
+         "turned": torch.stack([f[:, 0] + f[:, 2], f[:, 1], f[:, 0] - f[:, 2], f[:, 3]], 1),
+         "halved": torch.cat([f[:, :3], noise[:, 3:]], 1)}[name]
+    row = infogan_cr.disentanglement(z, HALVES)
+    assert score <= row["factor_vae"] <= score + luck
+    assert row["mig"] == pytest.approx(gap, abs=0.01 if name in ("random", "halved") else 1e-9)
+
+
+def test_votes_by_hand():
+    """Groups (4, 2) of codes, two that move and one that never does: it has no vote."""
+    z = torch.tensor([[[0, 0, 5], [0, 1, 5]], [[0, 0, 5], [10, 1, 5]], [[0, 2, 5], [300, 2, 5]],
+                      [[9, 1, 5], [9, 3, 5]]]).float()
+    fixed = torch.tensor([1, 0, 0, 1])      # the votes are for 0 0 1 0, in other units for 0 1 1 0
+    assert infogan_cr.factor_vae(z, fixed, torch.tensor([100, 1, 0])) == 0.75
+    assert infogan_cr.factor_vae(z, fixed, torch.tensor([1, 1, 0])) == 1
+
+
+def test_mig_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    z, gaps = HALVES.double() @ randn(4, 5) + randn(len(HALVES), 5, seed=1), []
+    binned = [np.digitize(c, np.histogram(c, 20)[1][1:-1]) for c in z.T.numpy()]
+    for f in HALVES.T.numpy():
+        *_, second, first = sorted(metrics.mutual_info_score(f, c) for c in binned)
+        gaps.append((first - second) / metrics.mutual_info_score(f, f))
+    assert infogan_cr.mig(z, HALVES) == pytest.approx(np.mean(gaps)) and 0.02 < np.mean(gaps) < 0.9
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.5, 1.9])
+def test_contrastive_pairs_by_hand(gap):
+    """One code and the noise are shared, all other codes are the gap apart, all in the range."""
+    z, shared = infogan_cr.pairs(info_trainer("infogan-cr"), 4000, gap)
+    a, b = z.chunk(2)
+    same, apart = a == b, (a - b).abs()[:, :4]
+    assert same[:, 4:].all() and (same[:, :4].sum(1) == 1).all() and z.abs().max() <= 1
+    assert torch.equal(same[:, :4].int().argmax(1), shared)
+    assert stats.chisquare(shared.bincount()).pvalue > 1e-3
+    moved = apart[~same[:, :4]]     # two uniform numbers are a third of the width apart
+    assert moved.min() >= gap - 1e-6
+    assert moved.mean().item() == pytest.approx(gap + (2 - gap) / 3, abs=0.02)
+    assert a[same].std().item() == pytest.approx(3 ** -0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("of, net, flag", [
+    ("info", "Q", "--info-weight"), ("contrast", "CR", "--cr-weight")])
+def test_g_learns_by_the_weight_and_the_network_in_full(of, net, flag):
+    def gradients(weight):
+        t = info_trainer("infogan-cr", flag, weight, "--cr-from", 0)
+        infogan_cr.g_loss(t)[1][of].backward()
+        return [torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None])
+                for part in ([t.G, t.extra[net]] if weight else [t.extra[net]] * 2)]
+    (none, alone), (one, full), (three, same) = map(gradients, (0, 1, 3))
+    assert min(one.abs().max(), full.abs().max()) > 0 and len(one) > len(full)
+    torch.testing.assert_close(three, 3 * one)
+    torch.testing.assert_close(torch.stack([alone, same]), full.expand(2, -1))
+
+
+def test_gan_is_cores_and_shuffled_labels_are_the_same_ones(monkeypatch):
+    t, seen, labels = info_trainer("gan"), [], torch.arange(4).repeat(2)
+    plain = core.Trainer(t.cfg, t.data, *core.build(t.cfg), prior=infogan_cr.uniform)
+    for _ in range(3):
+        t.update(), plain.update()
+    torch.testing.assert_close(flat(t.G), flat(plain.G), rtol=0, atol=0)
+    assert t.latent(2000).abs().max() <= 1
+    t.extra["Q"][-1].requires_grad_(False).weight.zero_(), t.extra["Q"][-1].bias.zero_()
+    info = [infogan_cr.g_loss(t)[1]["info"].item() for _ in range(100)]
+    assert np.mean(info) == pytest.approx(4 / 3 / 2, abs=0.05)  # four codes of mean square 1/3
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda x, y: seen.append(y))
+    monkeypatch.setattr(infogan_cr, "pairs", lambda t, n, gap: (torch.zeros(2 * n, 6), labels))
+    infogan_cr.contrast(info_trainer("infogan-cr")), infogan_cr.contrast(info_trainer("shuffled"))
+    assert torch.equal(seen[0], labels) and not torch.equal(seen[1], labels)
+    assert torch.equal(seen[1].sort()[0], labels.sort()[0])
+
+
+@pytest.mark.parametrize("arm, n", [("gan", 1), ("infogan", 1), ("infogan-cr", 2), ("twice", 2)])
+def test_doubled_step_and_new_beginnings(arm, n):
+    """Each Adam counts its updates; CR's begins anew when alpha changes and when the gap does."""
+    more = ["--steps", 9, "--gap", 1.9, "--cr-from", 1 / 3, "--gap-until", 0.57]
+    t, ages = info_trainer(arm, *more), []
+    for _ in range(9):
+        t.update()
+        ages.append([next(iter(opt.state.values()))["step"].item() for opt in t.opts])
+    assert [row[:3] for row in ages] == [[n * i, i, n * i] for i in range(1, 10)]
+    assert [row[3:] for row in ages] == [[2], [4], [6]] * 3 or arm != "infogan-cr"
+    early = info_trainer("early", *more).cfg
+    assert [infogan_cr.schedule(early, i) for i in (0, 5, 6)] == [(2, 1.9), (2, 1.9), (2, 0)]
+    assert [infogan_cr.schedule(t.cfg, i)[0] for i in (2, 3)] == [0, 2]
+
+
+@pytest.mark.parametrize("cut", [4, 5])     # right before, and right after, CR begins anew
+def test_infogan_stops_and_resumes_bit_for_bit(tmp_path, cut):
+    def fit_info(folder, stop=None):
+        t = info_trainer("infogan-cr", "--steps", 9, "--cr-from", 0.45)
+        of_d = t.d_loss
+        t.d_loss = lambda t, *x: (t.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM),
+                                  of_d(t, *x))[1]
+        harness.fit(t, folder)
+    fit_info(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit_info(tmp_path / "cut", cut + 1)
+    fit_info(tmp_path / "cut")
+    check_same(tmp_path / "whole" / "ckpt.pt", tmp_path / "cut" / "ckpt.pt")
+
+
+def test_model_centrality_by_hand(monkeypatch):
+    """Generators whose images are their latents; encoders that read them in two orders, that turn
+    them, and that do not look."""
+    s = torch.tensor([[9, 0.5, 0.7], [0.3, 9, 0.2], [0.9, 0.4, 9]])
+    torch.testing.assert_close(infogan_cr.centrality(s), torch.tensor([0.6, 0.35, 0.55]))
+    reads = [torch.eye(4), torch.eye(4)[[1, 0, 3, 2]], torch.linalg.qr(randn(4, 4))[0].float(),
+             torch.zeros(4, 4)]
+    monkeypatch.setattr(infogan_cr, "encode", lambda read, x: x[:, :4] @ read)
+    monkeypatch.setattr(core, "generate", lambda scale, z, batch: [scale * z])
+    cfg = info_trainer("infogan", "--groups", 200).cfg
+    s = infogan_cr.agreement(list(zip([1, 2, 3, 0], reads)), cfg, "cpu")
+    assert (s[:2, :3] == 1).all() and (s[2] < 0.9).all() and (s[3] < 0.4).all()
+    assert (s[:, 3] < 0.4).all()
+
+
+def test_misplaced_by_hand():
+    """A valid pair, one that overlaps, one that touches, a lone square, a dark image."""
+    at = torch.tensor([[[0, 0], [8, 8]], [[0, 0], [2, 2]], [[8, 12], [12, 12]], [[3, 3], [3, 3]]])
+    x = torch.cat([geometry.render(at, 16, 4), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)])
+    images = neighbours.squares("free")[0]
+    assert infogan_cr.misplaced(x, images, 4) == pytest.approx(2 / 3)
+    assert infogan_cr.misplaced(x[3:], images, 4) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset, seeds", [("halves", 2), ("free", 1)])
+def test_infogan_smoke_and_samples(tmp_path, monkeypatch, dataset, seeds):
+    seen, result = [], infogan_cr.main(["--dataset", dataset, "--smoke", "--outdir", str(tmp_path),
+                                        "--seeds", *"01"[:seeds]])
+    folder = tmp_path / "infogan_cr" / f"{dataset}-smoke"
+    assert len(result["rows"]) == 7 * seeds and all(c["verdict"] for c in result["claims"])
+    for r in result["rows"]:
+        assert 0.25 <= min(r["factor_vae"], r["centrality"], r["untrained"]["factor_vae"]) < 0.7
+        assert r["wrong"] == 1 - r["correct_exact"] and 0 <= r["mig"] < 0.3
+    assert Image.open(folder / "figure.png").width > 1000
+    assert np.load(folder / "gan-s0" / "samples.npz")["samples"].shape == (24, 1, 16, 16)
+    monkeypatch.setattr(core, "generate", lambda G, z: seen.append(z) or torch.zeros(1, 9, 1, 8, 8))
+    infogan_cr.main(["--sample", str(folder / "infogan-cr-s0" / "ckpt.pt"), "--n", "999", "--out",
+                     str(tmp_path / "grid.png")])
+    assert 0.99 < seen[0].abs().max() <= 1              # latents of a checkpoint, too, are uniform
+
+
+def test_claims_of_infogan_by_hand():
+    ends = {"gan": (0.3, 0.4, 0.05), "infogan": (0.5, 0.6, 0.2), "infogan-cr": (0.9, 1, 0.31)}
+    rows = [{"dataset": "free", "size": 16, "arm": arm, "seed": seed, "factor_vae": v, "mig": v / 2,
+             "untrained": {"factor_vae": 0.35, "mig": 0}, "correct_exact": 1 - wrong - 0.04 * seed,
+             "wrong": wrong + 0.04 * seed, "misplaced": wrong, "centrality": v + seed / 100}
+            for arm, (*both, wrong) in ends.items() for seed, v in enumerate([*both, both[1]])]
+    for words, verdict in (
+            ("FactorVAE score of gan, infogan, infogan-cr", "holds against gan, infogan, untrained"
+             ), ("MIG of infogan, gan", "holds"), ("exactly correct", "no against gan, infogan"),
+            ("rank correlation of ModelC", "holds"), ("FactorVAE score of the model", "holds"),
+            ("wrong images, gan,", "no"), ("wrong images, infogan-cr,", "in part"),
+            ("too near, of images of two squares, infogan-cr", "holds")):
+        found, = [c for c in infogan_cr.claims(rows) if c["what"].startswith(f"free: {words}")]
+        assert found["verdict"] == verdict, words
+    assert "32.5%" in found["theirs"] and "1.0" not in found["ours"]
+    # Of ranks 1 to 9 with three neighbours swapped r is 1 - 6 * 6 / 720; z = 1.832, +- 0.964.
+    swapped = [*zip(range(9), (1, 0, 3, 2, 5, 4, 6, 7, 8))]
+    assert infogan_cr.rank(swapped) == ("0.95 (95% interval 0.70 to 0.99); n=9", "holds")
+    assert infogan_cr.rank(swapped[:7])[1].startswith("not decided")
+    assert infogan_cr.rank([(i, i * 4 % 9) for i in range(9)])[1] == "in part"
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--codes 5", "more than --z-dim 4"), ("--codes 1", "at least 2"), ("--gap 2", "at most 1.99"),
+    ("--n-train 9", "half of all images"), ("--batch 2000", "only 1352 training images")])
+def test_mistakes_in_infogan(tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
+        infogan_cr.main(["--smoke", "--outdir", str(tmp_path), *args.split()])
 
 
 # ------------------------------------------------------------------------------ results and docs

@@ -180,6 +180,8 @@ def training(cfg):
     if cfg.dataset in PLANES:
         return draw_points(cfg.n_train, cfg.dataset)
     if cfg.dataset in SETS:
+        if cfg.n_train:
+            raise core.UserError(f"--n-train {cfg.n_train}: half of all images are trained on")
         images, seen = half(cfg.dataset, cfg.size)
         return images[seen]
     if cfg.dataset != "geometry":
