@@ -41,8 +41,9 @@ from scipy import ndimage, stats
 from scipy.integrate import quad
 from scipy.linalg import sqrtm
 from scipy.optimize import linprog, minimize_scalar
-from scipy.sparse import csr_array as sparse_array
+from scipy.sparse import csr_array
 from scipy.sparse import vstack as sparse_stack
+from scipy.sparse.csgraph import dijkstra
 from scipy.special import gammaln
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +63,7 @@ import neighbours
 import sweep
 import theory_sde as th
 from core import UserError
-from neighbours import bourgan, double_descent, infogan_cr, latent, mix_gan
+from neighbours import bourgan, double_descent, infogan_cr, latent, mix_gan, topology
 
 HERE = Path(core.__file__).parent
 README = (HERE / "README.md").read_text()
@@ -962,7 +963,8 @@ def trainers(script, *argv):
         insufficiency, exp_sc, pixels, mix_gan, bourgan) for kind in ("geometry", "cifar10")),
     *((script, ["--dataset", "ring"]) for script in (mix_gan, bourgan)),
     *((latent, ["--dataset", kind, "--arms", *latent.MAIN, "uniform-rematched"])
-      for kind in ("apart", "cifar10")), (infogan_cr, ["--dataset", "halves"])])
+      for kind in ("apart", "cifar10")), (infogan_cr, ["--dataset", "halves"]),
+    *((topology, ["--dataset", kind]) for kind in ("torus", "apart"))])
 def test_updates_need_no_cpu(script, argv, monkeypatch):
     """No tensor of another device, no number read back, no shape that depends on numbers."""
     on_meta(monkeypatch)
@@ -2401,6 +2403,7 @@ def test_sets_have_their_number_of_images_and_their_topology(kind, n, euler):
     assert found == euler
     seen = neighbours.half(kind)[1]
     assert seen.sum() == n // 2 and torch.equal(neighbours.half(kind)[1], seen)
+    assert neighbours.half(kind, held=0)[1].all()
 
 
 def test_report_of_squares_by_hand():
@@ -2918,7 +2921,7 @@ def test_transport_against_an_exact_linear_programme(n, size, seed):
     h, _ = latent.transport(y, mass, 400, core.generator(seed))
     u = torch.rand(s, size, generator=core.generator(9)) - 0.5
     cell, gain = latent.cells(u, y, h)[:, 0], (u @ y.T).double().numpy()
-    rows, columns = (sparse_array(np.kron(*pair)) for pair in (
+    rows, columns = (csr_array(np.kron(*pair)) for pair in (
         (np.eye(s), np.ones(n)), (np.ones(s), np.eye(n))))
     plan = linprog(-gain.ravel(), A_eq=sparse_stack([rows, columns]), b_eq=np.r_[
         np.full(s, 1 / s), mass.double() / mass.double().sum()]).x.reshape(s, n)
@@ -3313,10 +3316,264 @@ def test_claims_of_infogan_by_hand():
 
 @pytest.mark.parametrize("args, message", [
     ("--codes 5", "more than --z-dim 4"), ("--codes 1", "at least 2"), ("--gap 2", "at most 1.99"),
-    ("--n-train 9", "half of all images"), ("--batch 2000", "only 1352 training images")])
+    ("--n-train 9", "a set has all"), ("--batch 2000", "only 1352 training images")])
 def test_mistakes_in_infogan(tmp_path, args, message):
     with pytest.raises(UserError, match=message):
         infogan_cr.main(["--smoke", "--outdir", str(tmp_path), *args.split()])
+
+
+# ----------------------------------------------------------------------------- topology
+
+
+def topology_trainer(arm, dataset="torus", *more):
+    p = sweep.parser("", topology.PRESETS, topology.OWN, topology.ARMS)
+    p.set_defaults(dataset=dataset)
+    cfg, = topology.configure(sweep.parse(p, "", ["--smoke", "--arms", arm, *map(str, more)]))
+    return topology.make_trainer(cfg, neighbours.training(cfg))
+
+
+def perfect(kind):
+    """The law of a set and a decoder of its latents that draws images of the set alone."""
+    def at(c):
+        if kind == "torus":
+            return torch.atan2(c[:, 2:], c[:, :2]).mul(8 / math.pi).round() % 16
+        if kind == "apart":     # piece, row, column within the piece
+            columns = ((c[:, 3] + 1) * 1.9999).floor() + 9 * c[:, 1]
+            return torch.stack([((c[:, 2] + 1) * 6.4999).floor(), columns], 1)
+        return ((c + 1) * 7.9999).floor() - 2
+    images, places = neighbours.squares(kind)
+    return topology.Law(*topology.LAWS[kind]), lambda c: images[
+        (at(c)[:, None] == places[None, :, 0]).all(2).int().argmax(1)]
+
+
+def test_latents_by_hand():
+    """A piece, angles, uniforms and normals of quantiles; the nearest latent of any point."""
+    law, z = topology.Law(2, 2, 1, 1), torch.tensor([[-0.1, 0, 0.6744898, 0.6744898, 7],
+                                                     [0.1, -50, 50, -50, -7]])
+    expected = torch.tensor([[1, 0, -1, 0, 0, -1, 0.5, 7], [0, 1, 1, 1, 0, 0, -1, -7]]).float()
+    assert law.z_dim == 5 and law.n_out == 8
+    torch.testing.assert_close(law(z), expected, atol=2e-6, rtol=0)
+    off = torch.tensor([[0.6, 0.4, -3, 0, 0, -4, 0.5, 7], [-1, 0.2, 2, 9, 0, 0, -1.5, -7]])
+    torch.testing.assert_close(law.project(off), expected, atol=2e-6, rtol=0)
+    sphere = topology.Law(normals=4, radius=3)
+    assert sphere.project(torch.tensor([[0.0, 2, 0, 0]])).tolist() == [[0, 3, 0, 0]]
+    law.share.copy_(torch.tensor([0.25, 0.75]))
+    assert law(randn(4000, 5).float())[:, 0].mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["disc", "torus", "apart"])
+def test_a_set_s_own_law_draws_all_of_it_and_nothing_else(kind):
+    """Uniformly: a decoder exists that is nowhere torn, so the law is right, and 0 is possible."""
+    law, decode = perfect(kind)
+    images, seen = neighbours.half(kind)
+    row = neighbours.report_squares(decode(law(randn(20_000, law.z_dim).float())), images, seen, 1)
+    assert row["correct_exact"] == 1 and row["distinct"] == len(images)
+    assert row["tv"] < 1.3 * row["tv_floor"]
+
+
+def walked(kind, path, ends, decode, law):
+    known = neighbours.squares(kind)[0].flatten(1)
+
+    def judge(x):
+        apart, index = torch.cdist(x.flatten(1) / 255.0, known / 255.0, p=1).min(1)
+        return index, apart <= 2
+    return topology.loop_test(ends, lambda c: decode(law.project(c)), judge, path)
+
+
+def test_loop_test_on_decoders_that_are_whole_cut_or_torn():
+    """0 wrong if whole; a cut is found on its edge; a tear shows although all images are right."""
+    law, decode = perfect("torus")
+    angle = torch.arange(16) * (math.pi / 8)
+    c = torch.stack([torch.full((16,), math.cos(math.pi)), angle.cos(), torch.zeros(16),
+                     angle.sin()], 1)
+    ends, path = torch.stack([c, c.roll(-1, 0)], 1), 8 * 16 + torch.arange(16)
+    row, edge = walked("torus", path, ends, decode, law)
+    assert row == {"worst": 0, "wrong": 0, "found": 1, "tear": pytest.approx(1, abs=1e-4)}
+    assert edge.shape == (8, 1, 16, 16)
+    row, edge = walked("torus", path, ends, lambda c: decode(c) * ~(        # dark near a seam
+        (c[:, 1] > 0.98) & (c[:, 3] < -0.02))[:, None, None, None], law)
+    assert row["worst"] > 0.3 and row["wrong"] == pytest.approx(row["worst"] / 16)
+    assert row["found"] == 1 and (edge.amax((1, 2, 3)) == 0).float().mean() == row["worst"]
+    flat, (images, _) = torch.linspace(-1, 1, 16)[:, None], neighbours.squares("torus")
+    row, _ = walked("torus", path, torch.stack([flat, flat.roll(-1, 0)], 1), lambda c: images[
+        8 * 16 + ((c[:, 0] + 1) * 7.5).round().long()], topology.Law(uniforms=1))
+    assert row["worst"] == 0 and row["tear"] == pytest.approx(15, rel=1e-3)
+    row, _ = walked("torus", path.roll(1), ends, decode, law)
+    assert row["found"] == row["worst"] == 0        # right images, but not those of the loop
+
+
+@pytest.mark.parametrize("kind, size", [*((kind, 16) for kind in neighbours.SETS), ("torus", 32)])
+def test_loops_are_in_their_set_and_go_around(kind, size):
+    at, found = neighbours.squares(kind, size)[1], topology.loops(kind, size)
+    assert ("loop" in found) == (topology.HOLES[kind] > 0)
+    for name, path in found.items():
+        assert (topology.moved(kind, path[:, None], at, size) == 0).sum(1).tolist() == [1] * len(
+            path)
+        steps = path.roll(-1, 0) - path
+        if name == "control":
+            assert len(path) == len(found.get("loop", range(size)))
+            assert (steps.abs().sum((1, 2)) == 1).all()
+        elif kind == "torus":   # once around
+            assert (steps % size).sum((0, 1)).tolist() == [0, size]
+        elif kind == "free":    # half a turn, in steps of a pixel; then squares change names
+            d = torch.cat([path[:, 0] - path[:, 1], (path[:, 1] - path[:, 0])[:1]]).double()
+            turn = np.unwrap(torch.atan2(d[:, 1], d[:, 0]).numpy())
+            assert abs(turn[-1] - turn[0]) == pytest.approx(math.pi)
+            assert (steps[:-1].abs().sum(2) == 1).all()
+
+
+def test_pixels_that_squares_moved_by_hand():
+    a, b = torch.tensor([[0, 1], [5, 5]]), torch.tensor([[5, 4], [0, 14]])
+    assert topology.moved("free", a, b).item() == 1 + 13
+    assert topology.moved("free", b, a).item() == 14
+    assert topology.moved("torus", a[:1], b[1:]).item() == 3
+
+
+def test_seam_test_by_hand():
+    """Wrong within 0.3 of 0; image 0 lies to the left, 1 to the right, none beyond 1.5."""
+    def judge(x):
+        return (x[:, 0] > 0).long(), (x[:, 0].abs() > 0.3) & (x[:, 0].abs() < 1.5)
+    seams = topology.seam_test(lambda z: z, torch.linspace(-0.2, 0.2, 20)[:, None], judge,
+                               core.generator(0))
+    met = (seams >= 0).all(1)
+    assert met.sum() > 12 and set(map(tuple, seams[met].tolist())) == {(0, 1), (1, 0)}
+    none = topology.seam_test(lambda z: z, torch.full((3, 1), 50.0), judge, core.generator(0))
+    assert (none == -1).all()
+
+
+def test_diffusion_draws_what_its_network_knows_and_walks_back():
+    body, image = topology.Denoiser(8), randn(1, 1, 16, 16).float().tanh()
+    body.net.forward = lambda x: image.expand(len(x), -1, -1, -1)
+    z, (keep, *_) = randn(3, 256).float(), body.keep
+    x = body(z)                 # with a little of the noise it began with, at the lowest level
+    torch.testing.assert_close(x, keep.sqrt() * image + (1 - keep).sqrt() * z.view_as(x),
+                               atol=1e-3, rtol=0)
+    torch.testing.assert_close(body.walk(x, back=True).flatten(1), z, atol=0.02, rtol=0)
+    body.net.forward, x = (lambda x: x[:, :1].tanh()), image.sign() * 0.9
+    back = body.walk(x, back=True)
+    assert back.std() > 0.7 and (body.walk(back) - x).abs().mean() < 0.3
+
+
+def test_charts_share_latents_of_an_edge_and_are_all_used():
+    t = topology_trainer("charts", "apart", "--lr-g", 0.002, "--width", 16)
+    for _ in range(60):
+        t.update()
+    share, x = t.G[0].share, t.images(torch.arange(12))
+    assert share.sum().item() == pytest.approx(1) and share.min() > 0.05 and share.std() > 0
+    ends = topology.find_ends(t, x)
+    assert torch.equal(ends[:, 0, :4], ends[:, 1, :4]) and (ends[:, 0, :4].sum(1) == 1).all()
+    log_p, codes = topology.read_charts(t, x)
+    for i in range(12):         # of each image the latents in the chart likeliest for both
+        best = (log_p[i] + log_p[(i + 1) % 12]).argmax()
+        torch.testing.assert_close(ends[i], torch.stack([codes[i, best], codes[
+            (i + 1) % 12, best]]))
+
+
+def test_e_learns_latents_and_g_does_not_feel_it():
+    t = topology_trainer("manifold", "disc", "--lr-g", 0.003)
+    z = t.latent(8)
+    t.prior = lambda t, n: z
+    ours = torch.autograd.grad(topology.gan_loss(t)[0], [*t.G.parameters()])
+    plain = torch.autograd.grad(core.g_loss(t)[0], [*t.G.parameters()])
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b)
+    t.prior, t.opt_g.param_groups[0]["lr"] = core.normal_prior, 0
+    t.G[1].forward = lambda c: torch.where(torch.arange(16) < 8, c[:, :1], c[:, 1:])[
+        :, None, None].expand(-1, 1, 16, 16) + 0 * next(t.G[1].parameters()).sum()
+    missed = [t.g_update()["missed"].item() for _ in range(150)]
+    assert missed[0] > 0.2 > 0.03 > missed[-1]
+
+
+@pytest.mark.parametrize("arm", topology.ARMS)
+def test_topology_stops_and_resumes_bit_for_bit(tmp_path, arm):
+    def fit(folder, stop=None):
+        t = topology_trainer(arm, "torus", "--steps", 6)
+        of_g = t.g_loss
+        t.g_loss = lambda t: (t.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM),
+                              of_g(t))[1]
+        harness.fit(t, folder)
+    fit(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "cut", 3)
+    fit(tmp_path / "cut")
+    check_same(tmp_path / "whole" / "ckpt.pt", tmp_path / "cut" / "ckpt.pt")
+
+
+@pytest.mark.slow
+def test_topology_smoke_and_samples(tmp_path):
+    common, arms = ["--smoke", "--outdir", str(tmp_path)], list(topology.ARMS)
+    result = topology.main([*common, "--dataset", "pair"])
+    folder = tmp_path / "topology" / "pair-smoke"
+    assert [(r["dataset"], r["arm"]) for r in result["rows"]] == [
+        (kind, arm) for kind in ("disc", "torus") for arm in arms]
+    for r in result["rows"]:
+        assert {"wrong", "correct_exact", "tv", "copies", "control_worst", "control_found",
+                "seams", "curve"} <= r.keys() and ("loop_tear" in r) == (r["dataset"] == "torus")
+    assert len({r["n_weights"] for r in result["rows"][:4]}) > 1    # only the first layers differ
+    (folder / "figure.png").unlink()
+    topology.main(["--plot", str(folder)])
+    assert Image.open(folder / "figure.png").width > 1000
+    for arm in ("wrong-manifold", "diffusion"):     # never N(0, I) into what expects another law
+        out, ckpt = tmp_path / f"{arm}.png", folder / f"disc-{arm}-s0" / "ckpt.pt"
+        topology.main(["--sample", str(ckpt), "--n", "9", "--out", str(out)])
+        state = harness.read_checkpoint(ckpt)
+        cfg = argparse.Namespace(**state["config"])
+        t = topology.make_trainer(cfg, neighbours.training(cfg))
+        t.load(state)
+        harness.save_grid(torch.cat(list(t.fakes(9)[""])), tmp_path / "same.png")
+        assert out.read_bytes() == (tmp_path / "same.png").read_bytes()
+
+
+def test_claims_of_topology_by_hand():
+    ends = {("disc", "gaussian-2"): 0.1, ("torus", "gaussian-2"): 0.2, ("apart", "gaussian-2"): 0.3,
+            ("torus", "manifold"): 0.25, ("apart", "manifold"): 0.1, ("disc", "manifold"): 0.1,
+            ("disc", "wrong-manifold"): 0.3, ("torus", "charts"): 0.1, ("disc", "gaussian-8"): 0.3,
+            ("torus", "gaussian-8"): 0.2}
+    rows = [{"dataset": kind, "arm": arm, "seed": seed, "wrong": v + seed / 100, "correct_exact":
+             0.9 - v - seed / 100, "control_worst": 0.2} | (
+             {"loop_worst": 0.1 if arm == "gaussian-8" else 0.5} if kind != "disc" else {})
+            for (kind, arm), v in ends.items() for seed in (0, 1)]
+    found = {c["what"]: c for c in topology.claims(rows)}
+    verdicts = {what: c["verdict"] for what, c in found.items()}
+    assert verdicts["wrong images of gaussian-2"] == "holds"
+    assert verdicts["wrong images of gaussian-8"] == "no"
+    assert found["wrong images of gaussian-2"]["ours"].startswith("apart 30.5% (30 to 31)")
+    assert verdicts["torus: wrong images"] == "no" and verdicts["apart: wrong images"] == "holds"
+    assert verdicts["disc: wrong images"] == "holds"
+    assert verdicts["torus: exactly correct images"] == "holds"
+    assert verdicts["apart: exactly correct images"] == ""      # no chart, no diffusion
+    assert [verdicts[f"{kind}: wrong images on the worst edge around the hole"] for kind in (
+        "torus", "apart")] == ["no", "holds"]
+    assert "disc: wrong images on the worst edge around the hole" not in found
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--z-dim 9", "--z-dim follows"), ("--n-train 9", "--n-train 9: a set"),
+    ("--dataset all --batch 64", "only 52"), ("--charts 1", "at least 2"),
+    ("--size 12", "power of two")])
+def test_mistakes_in_topology(tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
+        topology.main(["--smoke", "--outdir", str(tmp_path), *args.split()])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, betti", [("disc", (1, 0)), ("torus", (1, 2)), ("free", (1, 1)),
+                                         ("halves", (1, 0)), ("apart", (2, 0))])
+def test_betti_numbers_of_sets(kind, betti):
+    """Of exact geodesic distances: what lives long. Of two squares, those around the middle."""
+    ripser = pytest.importorskip("ripser").ripser
+    at, wrap = neighbours.squares(kind)[1], 16 if kind == "torus" else 1000
+    at = at - at.min()
+    number = {frozenset(map(tuple, p)): i for i, p in enumerate(at.tolist())}
+    edges = [(i, number[new]) for p, i in number.items() for row, column in p
+             for down, right in ((0, 1), (1, 0)) if (new := p - {(row, column)} | {
+                 ((row + down) % wrap, (column + right) % wrap)}) in number]
+    graph = csr_array((np.ones(len(edges)), np.transpose(edges)), shape=(len(at),) * 2)
+    some = np.arange(len(at)) if at.shape[1] == 1 else np.flatnonzero(
+        (at.sum(1) == 12).all(1))
+    d = dijkstra(graph, directed=False, unweighted=True, indices=some)[:, some]
+    pieces, holes = ripser(d, distance_matrix=True, thresh=30)["dgms"]
+    assert (np.isinf(pieces).any(1).sum(), (holes[:, 1] > 2.5 * holes[:, 0]).sum()) == betti
 
 
 # ------------------------------------------------------------------------------ results and docs

@@ -29,7 +29,7 @@ COMMON = dict(arch="dcgan", norm_d="none", init_d="he", gp_comb=False, comb_weig
               ema_beta=0.0, checks=20, log_every=50)
 PRESETS = {
     **{kind: {      # the GAN of exp_sc.py on all images of a half of a set
-        "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
+        "paper": IMAGES | dict(n_dis=1, batch=32, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
             steps=50_000, z_dim=8, base=2, size=16, n_fid=4096, n_end=256_000),
         "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, width=32, n_fid=1024, n_end=18_000),
         "smoke": FEW | dict(n_train=None)} for kind in SETS},
@@ -118,11 +118,21 @@ def squares(kind, size=16):
                         for down in wrapped for right in wrapped]).amax(0), at
 
 
-def half(kind, size=16):
-    """All images of a set (N, 1, H, W); which of them, a random half, are trained on, bool (N,)."""
+def half(kind, size=16, held=0.5):
+    """All images of a set (N, 1, H, W), and which of them are trained on, bool (N,): all but a
+    share `held`, drawn at random."""
     images, _ = squares(kind, size)
     n = len(images)
-    return images, torch.randperm(n, generator=core.generator(0)) < n // 2
+    return images, torch.randperm(n, generator=core.generator(0)) < n - int(n * held)
+
+
+def nearest(x, images):
+    """Pixels (n,) from each of x (n, 1, H, W) to the nearest of `images`, and its number (n,)."""
+    known, found = geometry.lit(images).flatten(1).float().to(x.device), []
+    for part in x.split(1024):
+        lit = geometry.lit(part).flatten(1).float()
+        found.append((lit.sum(1, keepdim=True) + known.sum(1) - 2 * lit @ known.T).min(1))
+    return [torch.cat(v) for v in zip(*found)]
 
 
 def report_squares(x, images, seen, k):
@@ -131,13 +141,9 @@ def report_squares(x, images, seen, k):
     within 2 k pixels of one. Of the exact ones: how many are distinct, geometry.birthday, copies,
     the share that was trained on. Of all correct ones: tv of the nearest images from uniform,
     tv_floor."""
-    known, seen, keys = geometry.lit(images).flatten(1).float().to(x.device), seen.to(x.device), []
-    for part in x.split(1024):
-        lit = geometry.lit(part).flatten(1).float()
-        keys.append((lit.sum(1, keepdim=True) + known.sum(1) - 2 * lit @ known.T).min(1))
-    apart, nearest = (torch.cat(v) for v in zip(*keys))
-    exact, near = (nearest[apart <= most].bincount(minlength=len(known)) for most in (0, 2 * k))
-    tv, floor = geometry.total_variation(near, len(known))
+    (apart, index), seen = nearest(x, images), seen.to(x.device)
+    exact, near = (index[apart <= most].bincount(minlength=len(images)) for most in (0, 2 * k))
+    tv, floor = geometry.total_variation(near, len(images))
     return {"n_samples": len(x), "correct": near.sum().item() / len(x),
             "correct_exact": exact.sum().item() / len(x), "distinct": (exact > 0).sum().item(),
             **geometry.birthday(exact), "copies": exact[seen].sum().item() / max(
@@ -181,8 +187,8 @@ def training(cfg):
         return draw_points(cfg.n_train, cfg.dataset)
     if cfg.dataset in SETS:
         if cfg.n_train:
-            raise core.UserError(f"--n-train {cfg.n_train}: half of all images are trained on")
-        images, seen = half(cfg.dataset, cfg.size)
+            raise core.UserError(f"--n-train {cfg.n_train}: a set has all the images it has")
+        images, seen = half(cfg.dataset, cfg.size, getattr(cfg, "held", 0.5))
         return images[seen]
     if cfg.dataset != "geometry":
         return data.load(cfg.dataset, cfg.size, cfg.data_dir, cfg.split, cfg.n_train)
@@ -197,7 +203,7 @@ def prepare(cfg):
     if cfg.dataset in PLANES:
         return x, lambda fakes: report_points(fakes, cfg.dataset), {}
     if cfg.dataset in SETS:
-        everything = half(cfg.dataset, cfg.size)
+        everything = half(cfg.dataset, cfg.size, getattr(cfg, "held", 0.5))
         return x, lambda fakes: report_squares(fakes, *everything, SETS[cfg.dataset]), {}
     if cfg.dataset == "geometry":
         return x, lambda fakes: geometry.report(fakes, x.to(fakes.device), cfg.size // 4), {}
