@@ -3051,12 +3051,15 @@ def test_latent_smoke_and_samples(tmp_path, monkeypatch, dataset, arms):
 def test_claims_of_laws_by_hand():
     ends = {"gaussian-none": (0.2, 0.3), "gaussian-random": (0.1, 0.25), "encoded-none": (0.7, 0.8)}
     rows = [{"dataset": "free", "arm": arm, "seed": seed, "correct_exact": v, "tv": 0.1,
-             "copies": 0.5, "to_60": 400 if v > 0.75 else None}
+             "copies": v / 2, "curve": [[100, 0], [200, v / 2 + 0.2 * ("random" in arm)], [300, v]]}
             for arm, both in ends.items() for seed, v in enumerate(both)]
     found = {c["theirs"]: c["verdict"] for c in latent.claims(rows) if c["theirs"]}
     assert found == {"the law cures": "holds", "the pairs cure": "no",
-                     "the law does more than pairs": "holds"}
-    assert latent.claims(rows)[-1]["ours"] == "never, never; never, never; never, 400"
+                     "the law does more than pairs": "holds", "the pairs help speed": "holds",
+                     "the pairs cost copies": "no"}
+    assert latent.claims(rows)[-1]["ours"] == "never, never; never, never; 300, 300"
+    rows[-1]["curve"][2][1] = 0.59
+    assert latent.claims(rows)[-1]["ours"] == "never, never; never, never; 300, never"
 
 
 @pytest.mark.parametrize("args, message", [
