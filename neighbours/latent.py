@@ -44,6 +44,8 @@ LAWS = ("gaussian", "uniform", "encoded", "ot", "knn", "gmm")
 OF_CODES = LAWS[2:]
 PAIRS = ("none", "random", "encoded", "rematched")
 ARMS = {f"{law}-{pairs}": (law, pairs) for law in LAWS for pairs in PAIRS}
+COLOURS, DASHES = dict(zip(LAWS, ("k", "C7", "C1", "C0", "C2", "C4"))), dict(
+    zip(PAIRS, ("-", ":", "--", "-.")))
 MAIN = ("gaussian-none", "gaussian-random", "ot-encoded", "knn-encoded", "encoded-none")
 OWN = {
     "law": (LAWS, "the arms with this law, instead of --arms"),
@@ -254,7 +256,12 @@ QUESTIONS = {   # what it says if the first of two arms is better
     "the pairs cure": ("gaussian-random", "gaussian-none"),
     "both cure, as AE-OT-GAN has them": ("ot-encoded", "gaussian-none"),
     "transport does more than neighbours": ("ot-encoded", "knn-encoded"),
-    "the law does more than pairs": ("encoded-none", "gaussian-random")}
+    "the law does more than pairs": ("encoded-none", "gaussian-random"),
+    "its law alone cures": ("ot-none", "gaussian-none"),
+    "its pairs alone cure": ("gaussian-encoded", "gaussian-none"),
+    "both do more than its law": ("ot-encoded", "ot-none"),
+    "both do more than its pairs": ("ot-encoded", "gaussian-encoded"),
+    "mixtures do more than codes": ("ot-encoded", "encoded-encoded")}
 
 
 COSTS = {"the pairs cost copies": ("gaussian-random", "gaussian-none"),
@@ -309,11 +316,12 @@ def plot(folder):
             x = harness.frame(x, torch.where(geometry.is_in(x, known)[:, None], 128,
                                              torch.tensor([230, 0, 0])))
         neighbours.show(axes[arm], x, kind, arm, None)
-        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, **harness.style(arm))
-        axes["last"].scatter([r[main] for r in mine], [r[last] for r in mine], 14, label=arm,
-                             color=harness.style(arm)["color"])
+        colour, dash = (of[name] for of, name in zip((COLOURS, DASHES), ARMS[arm]))
+        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour, ls=dash)
+        axes["last"].scatter([r[main] for r in mine], [r[last] for r in mine], 14,
+                             colour if dash == "--" else "none", edgecolors=colour)
     axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
-    axes["last"].set(xlabel=words.format(**rows[0]), title=f"{other}, a dot a seed")
+    axes["last"].set(xlabel=words.format(**rows[0]), title=f"{other}; full: pairs of codes")
     axes["score"].legend()
     fig.suptitle(f"{kind}; red frame: not an image of the set" if of_set else kind)
     harness.save_figure(fig, folder)
