@@ -195,7 +195,8 @@ def claims(rows):
                 "paper": "Table 1", "what": f"{name}: pcr lowers the {kind} of {', '.join(arms)}",
                 "theirs": f"FID {paper[0]}, with PCR {paper[1]}" if paper and key == "end" else "",
                 "ours": ", ".join(map(sweep.spread, ends.values())) + f", n={len(ends[arms[0]])}",
-                "verdict": sweep.beside(ends, "pcr"), "front": key == "end"})
+                "verdict": sweep.beside(ends, "pcr"),
+                "front": (key, model) == ("end", "wgangp")})
         found.append({
             "paper": "Table 1", "what": f"{name}: contrast of photographs, of averages, of the "
             f"fakes of {', '.join(arms)}", "theirs": "", "verdict": "", "ours": ", ".join(

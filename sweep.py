@@ -411,6 +411,7 @@ def all_of(*verdicts):
 
 
 def spread(numbers, unit=1):
-    """`11.2 (10.9 to 11.6)`: mean and range; of shares, with unit 100, in percent."""
-    low, mean, high = (f"{unit * f(numbers):.3g}" for f in (min, np.mean, max))
+    """`11.2 (10.9 to 11.6)`: mean and range, three digits; of shares, unit 100, in percent."""
+    rounded = (float(f"{unit * f(numbers):.3g}") for f in (min, np.mean, max))
+    low, mean, high = (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}" for v in rounded)
     return mean + "%" * (unit == 100) + (f" ({low} to {high})" if low != high else "")

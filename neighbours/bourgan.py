@@ -260,8 +260,10 @@ def claims(rows):
                        "learned by heart", ", ".join(map(sweep.spread, ends.values())),
                        sweep.beside(ends | {"": [most] * len(mine)}, "", True).replace(
                            "against", "for"))] * bool(ends)
+        front = (one["dataset"], one["sigma"]) == ("geometry", 0.01)
         found += [{"paper": "BourGAN", "what": head + what, "theirs": theirs, "ours": ours,
-                   "verdict": verdict, "front": False} for what, theirs, ours, verdict in lines]
+                   "verdict": verdict, "front": front and theirs == "the embedding cures"}
+                  for what, theirs, ours, verdict in lines]
     return found
 
 
@@ -278,7 +280,7 @@ def plot_arms(rows, folder):
         colour = COLOURS[ARMS[arm][0]]
         neighbours.show(axes[arm], x, mine[0]["dataset"], arm, colour)
         harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour,
-                     ls="-" if ARMS[arm][1] else ":")
+                     ls="-" if ARMS[arm][1] else ":", marker=".")
         axes["end"].scatter([r["near"] for r in mine], [r[kept] or np.nan for r in mine], 16,
                             colour if ARMS[arm][1] else "none", edgecolors=colour)
     words = [*MEASURES[rows[0]["dataset"]].values()][0][0].format(**rows[0])

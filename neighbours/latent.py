@@ -317,7 +317,8 @@ def plot(folder):
                                              torch.tensor([230, 0, 0])))
         neighbours.show(axes[arm], x, kind, arm, None)
         colour, dash = (of[name] for of, name in zip((COLOURS, DASHES), ARMS[arm]))
-        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour, ls=dash)
+        harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour, ls=dash,
+                     marker=".")
         axes["last"].scatter([r[main] for r in mine], [r[last] for r in mine], 14,
                              colour if dash == "--" else "none", edgecolors=colour)
     axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
