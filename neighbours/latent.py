@@ -277,7 +277,7 @@ def claims(rows):
         words, unit = measures.get(key, measures[main])
         ends = {arm: [r["curve"][(len(r["curve"]) - 1) // 2][1] if key == "half" else r[key]
                       for r in rows if r["arm"] == arm] for arm in arms}
-        if any(None in v for v in ends.values()):
+        if any(None in v for v in ends.values()) or key == "half" and len(one["curve"]) < 2:
             continue
         words = words.format(**one) + ", at half of the run," * (key == "half")
         ours = {a: sweep.spread(v, unit) for a, v in ends.items()}
@@ -316,15 +316,19 @@ def plot(folder):
             x = harness.frame(x, torch.where(geometry.is_in(x, known)[:, None], 128,
                                              torch.tensor([230, 0, 0])))
         neighbours.show(axes[arm], x, kind, arm, None)
-        colour, dash = (of[name] for of, name in zip((COLOURS, DASHES), ARMS[arm]))
+        law, pairs = ARMS[arm]
+        colour, dash = COLOURS[law], DASHES[pairs]
         harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour, ls=dash,
                      marker=".")
-        axes["last"].scatter([r[main] for r in mine], [r[last] for r in mine], 14,
-                             colour if dash == "--" else "none", edgecolors=colour)
+        axes["last"].plot(
+            [r[main] for r in mine], [r[last] for r in mine], ls="", ms=4, color=colour, marker={
+                "random": "x", "rematched": "+"}.get(pairs, "o"), mfc="none" if pairs == "none" else
+            colour)
     axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
-    axes["last"].set(xlabel=words.format(**rows[0]), title=f"{other}; full: pairs of codes")
+    axes["last"].set(xlabel=words.format(**rows[0]), title=other)
     axes["score"].legend()
-    fig.suptitle(f"{kind}; red frame: not an image of the set" if of_set else kind)
+    fig.suptitle(f"{kind}. " + "Red frame: not an image of the set. " * of_set + "Right, a mark a "
+                 "seed: full, pairs of codes; open, no pairs; cross, pairs of noise")
     harness.save_figure(fig, folder)
     return result
 
