@@ -295,7 +295,7 @@ def claims(rows):
             ", ".join(v) for v in first.values()), ""))
     return [{"paper": "Laws and pairs", "what": f"{one['dataset']}: {what}", "theirs": theirs,
              "ours": ours, "verdict": verdict, "front": one["dataset"] == "free" and
-             theirs.startswith(("transport", "both"))}
+             theirs.startswith(("transport", "both cure"))}
             for what, theirs, ours, verdict in found]
 
 
@@ -315,9 +315,9 @@ def plot(folder):
         if of_set:
             x = harness.frame(x, torch.where(geometry.is_in(x, known)[:, None], 128,
                                              torch.tensor([230, 0, 0])))
-        neighbours.show(axes[arm], x, kind, arm, None)
         law, pairs = ARMS[arm]
         colour, dash = COLOURS[law], DASHES[pairs]
+        neighbours.show(axes[arm], x, kind, f"{law}\n{pairs}", None)
         harness.band(axes["score"], [[*zip(*r["curve"])] for r in mine], arm, color=colour, ls=dash,
                      marker=".")
         axes["last"].plot(
