@@ -3121,7 +3121,8 @@ def test_double_descent_finds_a_wrong_law(tmp_path, monkeypatch):
     assert claims["laws of the trace and of the Frobenius error"] == "holds"
     assert claims["squared W2 error of pairs at k = n/2, n, 5 n"] == "holds"
     assert claims["least squared W2 error of pairs for k > n, k < n"] == "holds"
-    assert claims["least squared W2 error for k > n of rescaled, pca"] == "no"
+    assert claims["linear G, more latents than data: least squared W2 error of rescaled, pca"
+                  ] == "no"
     assert Image.open(tmp_path / "double_descent" / "smoke" / "figure.png").width > 1000
     law = double_descent.law
     monkeypatch.setattr(double_descent, "law", lambda *args: law(*args) and [

@@ -293,7 +293,7 @@ def claims(rows):
                        for r in rows if r["arm"] == arm] for arm in arms}
         found.append((f"updates to 60% exactly correct of {', '.join(arms)}", "", "; ".join(
             ", ".join(v) for v in first.values()), ""))
-    return [{"paper": "Laws and pairs", "what": f"{one['dataset']}: {what}", "theirs": theirs,
+    return [{"paper": "AE-OT-GAN", "what": f"{one['dataset']}: {what}", "theirs": theirs,
              "ours": ours, "verdict": verdict, "front": one["dataset"] == "free" and
              theirs.startswith(("transport", "both cure"))}
             for what, theirs, ours, verdict in found]
