@@ -154,7 +154,7 @@ def resolve(args, own, *presets, **fixed):
 def side_by_side(device):
     """How many runs train at once if nobody says: on a CPU one a core; on a GPU at most 4, each
     with a core and 4 GiB of free memory; one where torchrun or Slurm starts the processes."""
-    if {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys():
+    if launched():
         return 1
     if device.type != "cuda":
         return harness.cores()
@@ -236,21 +236,25 @@ def lock(path, how):
 def entered(folder, runs, resume):
     """Be in the folder of a sweep, beside processes of the same command (yields False) or, where
     the disk has no locks, alone (True): a file says that one is in, and a second one is refused.
-    Refused are also other configurations and, without `resume`, a folder that nobody is in."""
+    Refused are also other configurations and, without `resume`, a folder that nobody is in, but
+    for the last of the processes that torchrun or srun started, if the others are through."""
+    launcher = os.getppid() if launched() else None
     with lock(folder / ".door", "wait"):                # they come in one by one
         held, alone = lock(folder / ".lock", "try"), folder / ".alone"
         lockless = isinstance(held, contextlib.nullcontext)
         if lockless and alone.exists():
             raise UserError(f"{folder}: its disk has no file locks, so that only one process can "
                             f"work in it; if there is none now, delete {alone}")
-        if held and not resume and (folder / "config.json").exists():
+        if held and not resume and (folder / "config.json").exists() and not (
+                launcher and harness.read_json(folder / "config.json").get("launcher") == launcher):
             raise UserError(f"{folder} exists: go on with --resume, or choose another --name")
         for cfg in runs:
             harness.read_config(folder / cfg.run, cfg)
         if held:
             for left in (*folder.rglob(".*.tmp*"), *folder.glob("*/failed.txt")):
                 left.unlink(missing_ok=True)            # half written, or worth another try
-            harness.write_json(folder / "config.json", {"command": sys.argv, **harness.versions()})
+            harness.write_json(folder / "config.json", {
+                "command": sys.argv, "launcher": launcher, **harness.versions()})
             alone.touch() if lockless else fcntl.flock(held, fcntl.LOCK_SH)
         held = held or lock(folder / ".lock", "share")
     try:
@@ -259,6 +263,11 @@ def entered(folder, runs, resume):
     finally:
         if lockless:
             alone.unlink(missing_ok=True)
+
+
+def launched():
+    """Whether torchrun or Slurm started this process, beside others."""
+    return bool({"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys())
 
 
 def worker():

@@ -621,6 +621,15 @@ def test_jobs_and_torchrun_give_the_rows_of_one_process(tmp_path):
         assert Path(json.loads(path.read_text())["command"][0]).name == "exp_pcr_natural.py"
 
 
+def test_a_process_that_torchrun_started_may_come_when_the_others_are_through(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    rows = pcr_natural.main(flags(tmp_path))["rows"]
+    assert pcr_natural.main(flags(tmp_path))["rows"] == rows    # from the files: it trains nothing
+    monkeypatch.setattr(os, "getppid", lambda: 1)               # another torchrun
+    refused(lambda: pcr_natural.main(flags(tmp_path)), "exists: go on with --resume")
+
+
 def test_a_run_that_fails_leaves_the_others_going_and_is_tried_again(tmp_path, monkeypatch):
     def main(*more):
         return pcr_natural.main(flags(tmp_path, "--arms", "pcr", "vanilla", *more))
