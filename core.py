@@ -137,9 +137,13 @@ def gradient_penalty(D, x_real, x_neg, eps):
     x_real, x_neg (B, ...) -> scalar with a graph, ready to be added to D's loss. eps (B, 1, ...),
     uniform in [0, 1], says where between the two.
     """
-    x_hat = torch.lerp(x_real, x_neg, eps).requires_grad_()
-    grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
-    return ((grad.flatten(1).norm(dim=1) - 1) ** 2).mean()
+    return ((slopes(D, torch.lerp(x_real, x_neg, eps)).norm(dim=1) - 1) ** 2).mean()
+
+
+def slopes(D, x):
+    """Gradients of D at points x (B, ...) -> (B, F) with a graph."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(D(x).sum(), x, create_graph=True)[0].flatten(1)
 
 
 def pixel_average(x):

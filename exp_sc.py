@@ -36,7 +36,8 @@ PRESETS = {
     # a DCGAN has (`base` 2), because a critic that reads only local features off linearly cannot
     # count; a small z: an image has four degrees of freedom; beta1 0, lr_decay: crisp squares.
     "paper": dict(size=32, n_train=25_600, n_cover=256_000, batch=64, lr_g=5e-4, lr_d=5e-4, z_dim=8,
-                  beta1=0.0, base=2, lr_decay=True, n_fid=4096, checks=50, sc_counter="tolerant"),
+                  beta1=0.0, base=2, lr_decay=True, n_fid=4096, checks=50, sc_counter="tolerant",
+                  r1_gamma=10.0),
     # DEVIATION: rectangles on a CPU. Canvas and squares are half as wide; that leaves 1/14 of the
     # possible images, and so many training images and coverage samples.
     "cpu": dict(size=16, n_train=1_800, n_cover=18_000, width=32, batch=32, lr_g=1e-3, lr_d=1e-3,
@@ -56,7 +57,8 @@ PHOTOS = {
     "smoke": dict(jobs=1, size=32, n_train=8, n_heldout=32, width=8, z_dim=16, steps=4, n_fid=16,
                   n_dif=16, checks=2, log_every=2, seeds=[0])}
 OF_SQUARES = {"n_cover": (int, 1, 10 ** 9, "samples searched for training images"),
-              "sc_counter": (tuple(COUNTERS), "what SC takes for correct")}
+              "sc_counter": (tuple(COUNTERS), "what SC takes for correct"),
+              "r1_gamma": (float, 0, 10 ** 6, "of r1: weight of D's squared gradient, twice")}
 OF_PHOTOS = {"sc_threshold": (float, 0, 1, "SC replaces fakes of a DIF below it"),
              "spares": (int, 1, 1000, "batches of fakes to choose replacements from"),
              "n_heldout": (int, 2, 10 ** 9, "unseen images"), "n_dif": (int, 2, 10 ** 6, "samples"),
@@ -89,16 +91,27 @@ def sc_weight(t, x_fake):
     return core.sample_correction(x_fake, correct.float(), threshold=0.5)[1]
 
 
+def r1(t, x_real, x_fake):
+    """The logarithmic loss, with half of gamma times D's mean squared gradient at the reals
+    (Mescheder, Geiger, Nowozin 2018, eq. 9) in the place of WGAN-GP's penalty."""
+    loss, logs = core.d_loss(t, x_real, x_fake)
+    logs["r1"] = core.slopes(t.D, x_real).square().sum(1).mean()
+    return loss + t.cfg.r1_gamma / 2 * logs["r1"], logs
+
+
 ARMS = {  # each is d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
-    "vanilla": core.d_loss,
+    "vanilla": core.d_loss, "ema": core.d_loss, "r1": r1,
     "pcr": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, combinations(t)),
     "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, weight=sc_weight(t, x_fake)),
     "sc+pcr": lambda t, x_real, x_fake: core.d_loss(
         t, x_real, x_fake, combinations(t), sc_weight(t, x_fake))}
+OVERRIDE = {    # what two arms that are not of the paper have for themselves
+    "ema": dict(ema_beta=0.999), "r1": dict(loss="ns", gp_weight=0.0)}
 
 
 def score(t):
-    """Shares of n_fid images: correct by both counters, and with 0, 1, 2, 3, 4 and more."""
+    """Shares of n_fid images: correct by both counters, and with 0, 1, 2, 3, 4 and more; the same
+    of G's average, if there is one, which is then the one that is judged."""
     side, row = t.cfg.size // 4, {}
     for suffix, batches in t.fakes(t.cfg.n_fid).items():
         x = torch.cat(list(batches))
@@ -106,7 +119,7 @@ def score(t):
             row[key + suffix] = geometry.has_two(x, side, counter).float().mean().item()
         n = geometry.count(x, side)[0].clamp(max=4).bincount(minlength=5)
         row["hist" + suffix] = (n / len(x)).tolist()
-    return row | {"wrong": 1 - row["correct"]}
+    return row | {"wrong": 1 - row["correct" + suffix]}
 
 
 def coverage(t, images, n_show=30):
@@ -126,7 +139,6 @@ def coverage(t, images, n_show=30):
             yield x
 
     row = geometry.report(samples(), images, t.cfg.size // 4, n_show)
-    row = {k: v for k, v in row.items() if not k.startswith("correct")}     # as last scored
     return {"n_cover": row.pop("n_samples"), **row, "distinct_train":
             geometry.count_distinct(images)}, torch.cat([shown, nearest], 1)
 
@@ -141,15 +153,18 @@ def run_squares(cfg, folder):
     images, pool = (x.to(harness.pick_device(cfg.device)) for x in training_set(cfg))
     t = core.Trainer(cfg, images, *core.build(cfg), d_loss=ARMS[cfg.arm])
     t.pool = pool
-    harness.fit(t, folder, score, best="wrong")
+    harness.fit(t, folder, score, best="wrong", good=lambda x: geometry.has_two(x, cfg.size // 4))
     scored = [r for r in harness.read_rows(folder / "metrics.jsonl") if "wrong" in r]
+    end = "" if t.G_ema is None else "_ema"
+    trained, t.G = t.G, t.G_ema or t.G
     (covered, pairs), x, last = coverage(t, images), t.preview(36), scored[-1]
+    t.G = trained
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=x.cpu(), pairs=pairs.cpu())
     row = {"arm": cfg.arm, "seed": cfg.seed, "steps": last["step"], "d_steps": last["d_steps"],
-           "n": cfg.n_fid, **{k: v for k, v in last.items() if k.startswith(("correct", "hist"))},
-           "curve": [[r["step"], r["correct"], r["correct_exact"]] for r in scored]}
-    return {**row, "to_90": to_90(row), **covered, "sc_counter": cfg.sc_counter}
+           "n": cfg.n_fid, "hist": last["hist" + end], "sc_counter": cfg.sc_counter,
+           "curve": [[r["step"], r["correct" + end], r["correct_exact" + end]] for r in scored]}
+    return {**row, "to_90": to_90(row), **covered, "update_seconds": harness.update_seconds(t)}
 
 
 def verdicts(rows, key, column):
@@ -192,7 +207,7 @@ def claims(rows):
 def show(ax, images, title, columns=None, good=None):
     """A grid of images (N, C, H, W) on an axis, those in red frames that are not `good` (N,)."""
     if good is not None:
-        images = harness.frame(images, torch.where(good[:, None], 128, torch.tensor([230, 0, 0])))
+        images = harness.frame(images, harness.red(good))
     ax.imshow(harness.grid(images, columns), interpolation="nearest")
     ax.set(title=title, xticks=[], yticks=[], frame_on=False)
 
@@ -223,6 +238,8 @@ def plot_squares(rows, cfg, folder):
     ax.set(xlabel="updates of G", ylabel="share of images with two rectangles", ylim=(0, 1.02),
            xlim=(0, steps), title="thick: tolerant counter, thin: to the pixel, triangles: paper")
     ax.legend(loc=(0.01, 0.65), labelspacing=0.2)
+    harness.save_film(folder / "film.gif", {
+        arm: folder / f"{arm}-s{rows[0]['seed']}" for arm in (arms[0], arms[-1])})
     return fig
 
 
@@ -380,13 +397,13 @@ def main(argv=None):
     squares = args.dataset == "geometry"
     presets, arms, others, run = ((PRESETS, ARMS, OF_PHOTOS, run_squares) if squares else
                                   (PHOTOS, PHOTO_ARMS, OF_SQUARES, run_photos))
-    args.arms = args.arms or list(arms)
+    args.arms = args.arms or [arm for arm in arms if arm not in OVERRIDE]
     wrong = [f"--{key.replace('_', '-')}" for key in others if getattr(args, key) is not None]
     for flag in wrong + [f"--arms {arm}" for arm in args.arms if arm not in arms]:
         raise core.UserError(f"{flag}: not with --dataset {args.dataset} (arms {', '.join(arms)})")
     cfg = sweep.resolve(args, OWN, COMMON, {"size": data.SIZES.get(args.dataset, 64)},
                         presets["paper"], presets[args.preset], channels=1 if squares else 3)
-    runs = [Namespace(**vars(cfg), arm=arm, seed=seed, run=f"{arm}-s{seed}")
+    runs = [Namespace(**vars(cfg) | OVERRIDE.get(arm, {}), arm=arm, seed=seed, run=f"{arm}-s{seed}")
             for seed in cfg.seeds for arm in cfg.arms]
     if sweep.announce(runs, args.dry_run, run):
         return {}

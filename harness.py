@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import zipfile
 from pathlib import Path
 
@@ -260,15 +261,16 @@ class DryRun(Exception):
     """What `fit` raises in a dry run, with the trainer and how it is scored."""
 
 
-def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_step=False):
+def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_step=False, good=None):
     """Train to cfg.steps: log, score, draw and checkpoint in `folder`; go on from its ckpt.pt.
 
     evaluate(trainer) -> {name: number}, called every eval_every updates; the state of the lowest
     `best` so far is kept as best.pt, the newest as ckpt.pt, at least every five minutes. A log is
     the mean over log_every updates, with `each_step` a row for each of them. `protocol` says what
-    the scores are, in config.json. Raises UserError for a folder of another configuration and at
-    the first number that is not finite. A first Ctrl-C or SIGTERM finishes the update, saves, and
-    exits 130 or 143.
+    the scores are, in config.json. The images drawn become film.gif in the end; those that are not
+    `good(images)` (N,) have red frames. Raises UserError for a folder of another configuration and
+    at the first number that is not finite. A first Ctrl-C or SIGTERM finishes the update, saves,
+    and exits 130 or 143.
     """
     if getattr(trainer.cfg, "dry", False):
         raise DryRun(trainer, evaluate)
@@ -317,12 +319,21 @@ def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_ste
                     lowest = scores[best]
                     save("best.pt")
             if check and (x := trainer.preview()).dim() == 4:
-                save_grid(x, folder / "samples" / f"{trainer.step:07d}.png")
+                save_grid(frame(x, red(good(x))) if good else x,
+                          folder / "samples" / f"{trainer.step:07d}.png")
             if caught or check or late:                 # caught may have come while scoring
                 save("ckpt.pt")
                 saved = time.time()
             if caught:
                 sys.exit(128 + caught[0])
+    save_film(folder / "film.gif", {folder.name: folder})
+
+
+def update_seconds(trainer, n=20):
+    """Seconds of an update of G and those of D before it, the fastest of n. They train: score
+    before."""
+    trainer.step = trainer.cfg.steps // 2       # where no step size has fallen yet
+    return min(timeit.repeat(lambda: trainer.update()["g_loss"].item(), number=1, repeat=n))
 
 
 def finite(trainer, folder, names, window):
@@ -408,6 +419,39 @@ def frame(images, colours, width=2):
         1, 1, *(s + 2 * width for s in images.shape[2:]))
     out[:, :, width:-width, width:-width] = torch.as_tensor(images)
     return out
+
+
+def red(good):
+    """Colours for `frame`: grey for images that are good (N,), red for others."""
+    return torch.where(good.cpu()[:, None], 128, torch.tensor([230, 0, 0]))
+
+
+def save_film(path, runs, most=2 ** 21):
+    """Write samples/*.png of {name: folder of a run}, those of all runs side by side, as an
+    animated GIF of at most `most` bytes: of too many frames every other one is left out, then they
+    are halved. Without two frames nothing is written."""
+    from PIL import Image, ImageDraw
+    steps = sorted(set.intersection(*({f.stem for f in (run / "samples").glob("*.png")}
+                                      for run in runs.values())))
+    films = []
+    for step in steps:
+        parts = [Image.open(run / "samples" / f"{step}.png") for run in runs.values()]
+        film = Image.new("RGB", (sum(p.width + 8 for p in parts), parts[0].height + 14), "white")
+        x = 0
+        for name, part in zip(runs, parts):
+            ImageDraw.Draw(film).text((x, 0), f"{name}, {int(step):,} updates", "black")
+            film.paste(part, (x, 14))
+            x += part.width + 8
+        films.append(film)
+    while len(films) > 1:
+        file = io.BytesIO()
+        films[0].save(file, "GIF", save_all=True, append_images=films[1:], loop=0,
+                      duration=[200] * (len(films) - 1) + [2000])
+        if file.tell() <= most:
+            with atomic(path) as tmp:
+                tmp.write_bytes(file.getbuffer())
+            break
+        films = films[::-2][::-1] if len(films) > 10 else [film.reduce(2) for film in films]
 
 
 def save_grid(images, path, columns=None, least=256):

@@ -96,14 +96,15 @@ def squares(kind, size=16):
 
     disc: one square, cut off at the border, 256 at 16 px, contractible; torus: one, wrapped, 256;
     apart: one, at the left or the right end, 104, two components; halves: one at each end, 2,704,
-    contractible; free: two anywhere with a gap, 9,576, a circle up to homotopy.
+    contractible; free: two anywhere with a gap, 9,576, a circle up to homotopy. The images of
+    geometry are some of these.
     """
     side, every = size // 4, range(size - size // 4 + 1)
     low, high = every[:side], every[-side:]
 
     def places(rows, columns):
         return torch.cartesian_prod(torch.tensor([*rows]), torch.tensor([*columns]))[:, None]
-    if kind == "free":
+    if kind in ("free", "geometry"):
         both = places(every, every)[torch.combinations(torch.arange(len(every) ** 2)), 0]
         at = both[(both[:, 0] - both[:, 1]).abs().amax(1) > side]
     elif kind == "halves":
@@ -212,15 +213,27 @@ def prepare(cfg):
         Namespace(fakes=lambda n: {"": fakes.split(fid.BATCH)})), protocol
 
 
+def right(kind, size):
+    """A function of images that says which are exactly right, bool (N,); None for other data."""
+    if kind == "geometry":
+        return lambda x: geometry.has_two(x, size // 4, geometry.count_exact)
+    if kind in SETS:
+        return lambda x: geometry.is_in(x, squares(kind, size)[0].to(x.device))
+
+
 def fit(t, folder, score, protocol):
-    """harness.fit, scored by what a number of fakes is worth -> its curve, [step, main measure]."""
+    """harness.fit, scored by what a number of fakes is worth -> its curve, [step, main measure];
+    of images of squares also the first step at which 90% were correct, to_90, or None."""
     def evaluate(t):
         row = score(torch.cat(list(t.fakes(t.cfg.n_fid)[""])))
         return {k: v for k, v in row.items() if v is not None}
-    harness.fit(t, folder, evaluate, protocol=protocol)
+    harness.fit(t, folder, evaluate, protocol=protocol, good=right(t.cfg.dataset, t.cfg.size))
     main, *_ = MEASURES[t.cfg.dataset]
-    rows = harness.read_rows(folder / "metrics.jsonl")
-    return [[r["step"], r[main]] for r in rows if main in r]
+    rows = [r for r in harness.read_rows(folder / "metrics.jsonl") if main in r]
+    ended = {"curve": [[r["step"], r[main]] for r in rows]}
+    if "correct" in rows[0]:
+        ended["to_90"] = next((r["step"] for r in rows if r["correct"] >= 0.9), None)
+    return ended
 
 
 def show(ax, x, kind, title, color):

@@ -192,14 +192,15 @@ def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
     x, score, protocol = neighbours.prepare(cfg)
     t = make_trainer(cfg, x)
-    curve = neighbours.fit(t, folder, score, protocol)
+    ended = neighbours.fit(t, folder, score, protocol)
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=t.preview(1000 if x.dim() == 2 else 36).cpu())
     x = torch.cat(list(t.fakes(cfg.n_end)[""]))
     return {"dataset": cfg.dataset, "arm": cfg.arm, "seed": cfg.seed, "steps": t.step, **protocol,
             "embedded": cfg.metric, "sigma": cfg.sigma, "m": cfg.n_points, "z_dim": cfg.z_dim,
             "scale": t.G[0].log_scale.exp().item(), **score(x),
-            **beside_held(x, t.data, held_out(cfg, len(t.data))), "curve": curve}
+            **beside_held(x, t.data, held_out(cfg, len(t.data))), **ended,
+            "update_seconds": harness.update_seconds(t)}
 
 
 def measure(cfg, folder):

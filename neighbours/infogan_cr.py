@@ -11,7 +11,8 @@ Published for dSprites: a FactorVAE score of 0.82 without CR, 0.88 with it, 0.92
 Arms: gan, whose Q only looks on; infogan; infogan-cr; early, CR's term on from the start; shuffled,
 its labels shuffled; unused, CR trained for nothing; twice, the doubled G step without CR.
 Data: two squares, one in each half, four independent factors (halves), or anywhere apart (free),
-where codes that move a coordinate each, over its whole range, would draw 33% wrong images.
+where codes that move a coordinate each, over its whole range, would draw 33% wrong images; or the
+few of `free` that exp_sc.py trains on (geometry).
 Presets: paper (one GPU), cpu (the first three arms on both sets: ten minutes a seed on a core),
 smoke (seconds).
 """
@@ -44,7 +45,7 @@ OWN = {
     "gap": (float, 0, 1.99, "least difference of the codes that a pair does not share, at first"),
     "gap_until": (float, 0, 1, "share of the run after which the gap is 0"),
     "groups": (int, 2, 10 ** 5, "groups of images a model in ModelCentrality"), **neighbours.OWN,
-    "dataset": (("halves", "free"), "(%(default)s)")}
+    "dataset": (("halves", "free", "geometry"), "(%(default)s)")}
 WITH_CR = dict(cr=True, g_steps=2)      # updates of G in a step
 ARMS = {"gan": dict(cr=False, g_steps=1, info_weight=0.0), "infogan": dict(cr=False, g_steps=1),
         "infogan-cr": WITH_CR, "early": WITH_CR | dict(cr_from=0.0), "shuffled": WITH_CR,
@@ -221,7 +222,7 @@ def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
     x, score, protocol = neighbours.prepare(cfg)
     t = make_trainer(cfg, x)
-    curve = neighbours.fit(t, folder, score, protocol)
+    ended = neighbours.fit(t, folder, score, protocol)
     z = t.latents(1, seed=1).repeat(cfg.codes, 6, 1)    # one code after the other is moved
     z.diagonal(dim1=0, dim2=2).copy_(torch.linspace(-1, 1, 6)[:, None])
     with harness.atomic(folder / "samples.npz") as tmp:
@@ -233,8 +234,9 @@ def run(cfg, folder):
     ends = score(x := torch.cat(list(t.fakes(cfg.n_end)[""])))
     return {"dataset": cfg.dataset, "size": cfg.size, "arm": cfg.arm, "seed": cfg.seed,
             "steps": t.step, **protocol, "codes": cfg.codes, **trained, "untrained": untrained,
-            **ends, "wrong": 1 - ends["correct_exact"], "curve": curve,
-            "misplaced": misplaced(x, images, cfg.size // 4)}
+            **ends, "wrong": 1 - ends["correct_exact"], **ended,
+            "misplaced": misplaced(x, images, cfg.size // 4),
+            "update_seconds": harness.update_seconds(t)}
 
 
 def add_centrality(rows, runs, folder):

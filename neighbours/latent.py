@@ -12,7 +12,8 @@ Arms, LAW-PAIRS. Laws: gaussian; uniform; encoded, the codes of training images 
 mixtures of two codes whose cells touch under optimal transport; knn, of two near codes, the control
 that ot has to beat; gmm, Gaussians fitted to the codes. Pairs: none; random, a normal draw for each
 image; encoded, its code; rematched, that of another image, drawn anew at each update. Data: a
-random half of all images of a set (free, halves, apart, disc, torus), or CIFAR-10.
+random half of all images of a set (free, halves, apart, disc, torus), the rectangles of exp_sc.py
+(geometry), or CIFAR-10.
 Presets: paper (one GPU), cpu (five arms: ten minutes a seed on a core), smoke (seconds).
 """
 import time
@@ -26,7 +27,6 @@ from torch import nn
 
 import core
 import data
-import geometry
 import harness
 import neighbours
 import sweep
@@ -38,7 +38,7 @@ COMMON = neighbours.COMMON | dict(n_codes=5000, ae_steps=1500, ot_steps=200, qua
                                   pair_weight=1.0, pair_until=0.5)
 FEW = dict(n_codes=32, ae_steps=4, ot_steps=4)
 PRESETS = {kind: presets | {"smoke": presets["smoke"] | FEW} for kind, presets in (
-    (k, neighbours.PRESETS[k]) for k in (*neighbours.SETS, "cifar10"))}
+    (k, neighbours.PRESETS[k]) for k in (*neighbours.SETS, "geometry", "cifar10"))}
 PRESETS["cifar10"]["cpu"] = PRESETS["cifar10"]["cpu"] | dict(n_codes=1000, ae_steps=300)
 LAWS = ("gaussian", "uniform", "encoded", "ot", "knn", "gmm")
 OF_CODES = LAWS[2:]
@@ -240,12 +240,12 @@ def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
     x, score, protocol = neighbours.prepare(cfg)
     t, took = make_trainer(cfg, x, folder)
-    curve = neighbours.fit(t, folder, score, protocol)
+    ended = neighbours.fit(t, folder, score, protocol)
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=t.preview(36).cpu())
     return {"dataset": cfg.dataset, "arm": cfg.arm, "seed": cfg.seed, "steps": t.step, **protocol,
             "n_codes": len(t.paired), **took, **score(torch.cat(list(t.fakes(cfg.n_end)[""]))),
-            "curve": curve}
+            **ended, "update_seconds": harness.update_seconds(t)}
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -304,17 +304,15 @@ def plot(folder):
     rows = (result := sweep.read_result(folder, Path(__file__).stem))["rows"]
     kind, size = rows[0]["dataset"], result["config"]["size"]
     arms = {r["arm"]: [q for q in rows if q["arm"] == r["arm"]] for r in rows}
-    fig, n, of_set = harness.figure(4.2), len(arms), kind in neighbours.SETS
+    fig, n = harness.figure(4.2), len(arms)
     axes = fig.subplot_mosaic([[arm for arm in arms for _ in "12"], ["score"] * n + ["last"] * n],
                               height_ratios=[1, 1.5])
-    known = neighbours.squares(kind, size)[0] if of_set else None
     (main, (words, _)), *_, (last, (other, _)) = neighbours.MEASURES[kind].items()
     for arm, mine in arms.items():
         with np.load(folder / f"{arm}-s{mine[0]['seed']}" / "samples.npz") as saved:
             x = torch.from_numpy(saved["samples"])
-        if of_set:
-            x = harness.frame(x, torch.where(geometry.is_in(x, known)[:, None], 128,
-                                             torch.tensor([230, 0, 0])))
+        if good := neighbours.right(kind, size):
+            x = harness.frame(x, harness.red(good(x)))
         law, pairs = ARMS[arm]
         colour, dash = COLOURS[law], DASHES[pairs]
         neighbours.show(axes[arm], x, kind, f"{law}\n{pairs}", None)
@@ -327,8 +325,9 @@ def plot(folder):
     axes["score"].set(xlabel="updates of G", title=words.format(**rows[0]))
     axes["last"].set(xlabel=words.format(**rows[0]), title=other)
     axes["score"].legend()
-    fig.suptitle(f"{kind}. " + "Red frame: not an image of the set. " * of_set + "Right, a mark a "
-                 "seed: full, pairs of codes; open, no pairs; cross, pairs of noise")
+    red = "Red frame: not an image of the set. " * (kind != "cifar10")
+    fig.suptitle(f"{kind}. {red}Right, a mark a seed: full, pairs of codes; open, no pairs; cross, "
+                 "pairs of noise")
     harness.save_figure(fig, folder)
     return result
 

@@ -12,7 +12,6 @@ uniform. Data: ring, grid and circle of points, images of two rectangles (geomet
 Presets: paper (one GPU), cpu (vanilla, mix, wide: ten minutes a seed on a core), smoke (seconds).
 """
 import bisect
-import timeit
 from argparse import Namespace
 from pathlib import Path
 
@@ -167,7 +166,7 @@ def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
     x, score, protocol = neighbours.prepare(cfg)
     t, mixture = make_trainer(cfg, x), cfg.arm in SEVERAL
-    curve = neighbours.fit(t, folder, score, protocol)
+    ended = neighbours.fit(t, folder, score, protocol)
     rows, n = harness.read_rows(folder / "metrics.jsonl"), 1000 if x.dim() == 2 else 36
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, samples=t.preview(n).cpu(), component=t.G.pick(t.latents(
@@ -180,17 +179,19 @@ def run(cfg, folder):
             "parts": [score(x) for x in parts], "overlap": overlap([label(x, cfg) for x in parts]),
             **{k: net.weights().tolist() for k, net in (("w", t.G), ("v", t.D)) if mixture},
             "n_weights": sum(p.numel() for net in (t.G, t.D) for p in net.parameters()),
-            **cost(t), "curve": curve, "entropy": [
+            **cost(t), **ended, "entropy": [
                 [r["step"], r["entropy_w"], r["entropy_v"]] for r in rows if "entropy_w" in r]}
 
 
 def cost(t, n=20):
-    """Seconds and calls of D, one an image, of the whole training, by the fastest of n updates."""
-    calls, t.step = [], 0
+    """Seconds of an update, the fastest of n, and of the whole training; its calls of D, an image
+    each."""
+    calls = []
     for net in getattr(t.D, "nets", [t.D]):
         net.register_forward_hook(lambda net, args, out: calls.append(len(out)))
-    seconds = timeit.repeat(lambda: t.update()["g_loss"].item(), number=1, repeat=n)
-    return {"seconds": t.cfg.steps * min(seconds), "d_calls": t.cfg.steps * sum(calls) // n}
+    seconds = harness.update_seconds(t, n)
+    return {"seconds": t.cfg.steps * seconds, "update_seconds": seconds,
+            "d_calls": t.cfg.steps * sum(calls) // n}
 
 
 def distances(cfg, folder):

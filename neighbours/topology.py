@@ -34,7 +34,8 @@ import sweep
 COMMON = neighbours.COMMON | dict(charts=4, held=0.5)
 PRESETS = {"paper": {}, "smoke": {}, "cpu": dict(
     steps=3000, width=16, lr_g=2e-3, lr_d=2e-3, checks=4, n_fid=512, n_end=4096)}
-GROUPS = {k: [k] for k in neighbours.SETS} | {"pair": ["disc", "torus"], "all": neighbours.SETS}
+GROUPS = {k: [k] for k in (*neighbours.SETS, "geometry")} | {
+    "pair": ["disc", "torus"], "all": [*neighbours.SETS]}
 OWN = neighbours.OWN | {
     "dataset": ((*GROUPS,), "(%(default)s: disc and torus)"),
     "charts": (int, 2, 1000, "K, of the chart autoencoder"),
@@ -42,8 +43,10 @@ OWN = neighbours.OWN | {
 # Of how many pieces, circles and intervals a set's shape is made, and whose shape is the wrong one.
 LAWS = {"disc": (0, 0, 2), "torus": (0, 2, 0), "free": (0, 1, 3), "halves": (0, 0, 4),
         "apart": (2, 0, 2)}
-WRONG = {"disc": "torus", "torus": "disc", "free": "halves", "halves": "free", "apart": "disc"}
-HOLES = {"apart": 2, "torus": 1, "free": 1, "disc": 0, "halves": 0}     # the order predicted
+LAWS["geometry"] = LAWS["free"]
+WRONG = {"disc": "torus", "torus": "disc", "free": "halves", "halves": "free", "apart": "disc",
+         "geometry": "halves"}
+HOLES = {"apart": 2, "torus": 1, "free": 1, "geometry": 1, "disc": 0, "halves": 0}  # as predicted
 GAUSSIAN = {"gaussian-2": 2, "gaussian-8": 8}
 ARMS = (*GAUSSIAN, "manifold", "wrong-manifold", "charts", "diffusion")
 NEAR, SHOWN, SEAMS = 2, 8, 32   # wrong pixels a square may have; images of an edge; walks
@@ -186,7 +189,7 @@ def loops(kind, size=16):
         return torch.stack([torch.minimum(s, 2 * h + w - s).clamp(0, h), torch.minimum(
             s - h, 2 * (h + w) - s).clamp(0, w)], 1)[:, None]
     side, found = size // 4, {}
-    if kind == "free":      # half of a block
+    if kind in ("free", "geometry"):        # half of a block
         e = (around(side + 2, side + 2) - side // 2 - 1)[:2 * side + 4]
         found["loop"] = 3 * side // 2 + torch.cat([e, -e], 1)
     elif kind != "disc" and kind != "halves":
@@ -195,7 +198,7 @@ def loops(kind, size=16):
         found["loop"] = torch.tensor([[[side, column]] for column in columns])
     n = len(found.get("loop", range(size)))
     control = around(n // 2 + 1 - side, side - 1) + torch.tensor([side, 0])
-    fixed = torch.full((n, neighbours.SETS[kind] - 1, 2), 3 * side)
+    fixed = torch.full((n, neighbours.squares(kind, size)[1].shape[1] - 1, 2), 3 * side)
     return found | {"control": torch.cat([control, fixed], 1)}
 
 
@@ -241,7 +244,7 @@ def run(cfg, folder):
     """Train one arm with one seed, from scratch or from its checkpoint, and score it -> its row."""
     x, score, protocol = neighbours.prepare(cfg)
     t, kind, saved = make_trainer(cfg, x), cfg.dataset, {}
-    curve = neighbours.fit(t, folder, score, protocol)
+    ended = neighbours.fit(t, folder, score, protocol)
     images, at = neighbours.squares(kind, cfg.size)
 
     def judge(x):       # the nearest of all images of the set, and whether it is near
@@ -265,8 +268,9 @@ def run(cfg, folder):
     with harness.atomic(folder / "samples.npz") as tmp:
         np.savez(tmp, wrong=x[wrong].cpu(), seams=seams, **saved)
     return {"dataset": kind, "arm": cfg.arm, "seed": cfg.seed, "steps": t.step, **protocol, **row,
-            "wrong": 1 - row["correct"], "walks": len(wrong), "seams": len(seams), "curve": curve,
-            "n_weights": sum(p.numel() for p in t.G.parameters()), "share": t.G[0].share.tolist()}
+            "wrong": 1 - row["correct"], "walks": len(wrong), "seams": len(seams), **ended,
+            "n_weights": sum(p.numel() for p in t.G.parameters()), "share": t.G[0].share.tolist(),
+            "update_seconds": harness.update_seconds(t)}
 
 
 def claims(rows):
@@ -313,7 +317,8 @@ def plot(folder):
             len(kinds), 3, squeeze=False, width_ratios=[1, 2.4, 1])):
         mine = [r for r in rows if r["dataset"] == kind]
         arms, at = list(dict.fromkeys(r["arm"] for r in mine)), neighbours.squares(kind, size)[1]
-        every = torch.cat([at, at.flip(1)]) if kind == "free" else at   # squares have no names
+        nameless = kind in ("free", "geometry")
+        every = torch.cat([at, at.flip(1)]) if nameless else at
         where.scatter(*plane(every).T, 3, "0.8", lw=0)
         for name, path in loops(kind, size).items():
             where.plot(*plane(path).T, ".-", c={"loop": "C1", "control": "C2"}[name])
@@ -325,7 +330,7 @@ def plot(folder):
                 a, b = plane(at[torch.from_numpy(saved["seams"])]).unbind(1)
         if kind == "torus":
             b = a + (b - a + size // 2) % size - size // 2
-        if kind == "free":
+        if nameless:
             b = torch.where(((a + b).abs().sum(1) < (a - b).abs().sum(1))[:, None], -b, b)
         where.plot(*torch.stack([a, b]).permute(2, 0, 1), c="red", lw=0.5)
         strip.imshow(harness.grid(x.reshape(-1, 1, size, size), 2 * SHOWN), aspect="auto")
@@ -347,8 +352,9 @@ def configure(args):
     args.arms, args.seeds = args.arms or list(ARMS), args.seeds or [0]
     if args.z_dim:
         raise core.UserError("--z-dim follows from --arms")
-    cfg = sweep.resolve(args, OWN, COMMON, *(neighbours.PRESETS["torus"][name] for name in (
-        "paper", args.preset)), PRESETS[args.preset], z_dim=1, channels=1)
+    presets = neighbours.PRESETS[GROUPS[args.dataset][0]]
+    cfg = sweep.resolve(args, OWN, COMMON, presets["paper"], presets[args.preset],
+                        PRESETS[args.preset], z_dim=1, channels=1)
     runs = [Namespace(**vars(cfg) | {"dataset": kind}, arm=arm, seed=seed,
                       run=f"{kind}-{arm}-s{seed}")
             for seed in cfg.seeds for kind in GROUPS[args.dataset] for arm in cfg.arms]
