@@ -1,14 +1,33 @@
 """Lay out what the result.json files beside this one claim, and what the code's tags say.
 
 `python results/table.py` writes the claims' table into README.md, all claims and where they came
-from into docs/results.md, the table of fixes into docs/theory.md, and every open choice and
-departure into docs/choices.md.
+from into docs/results.md, the table of fixes into docs/theory.md, every open choice and departure
+into docs/choices.md, and all cures side by side into docs/cures.md and results/cures.png.
 """
 import json
 import re
+import sys
 from pathlib import Path
 
 TOP = Path(__file__).parent.parent
+sys.path.insert(0, str(TOP))
+import harness  # noqa: E402
+import sweep  # noqa: E402
+
+CURES = {   # {name: (result, arm, what it must know)}
+    "vanilla": ("exp_sc/geometry", "vanilla", "nothing"),
+    "PCR": ("exp_sc/geometry", "pcr", "that ANDs and ORs are wrong"),
+    "SC": ("exp_sc/geometry", "sc", "a counter"),
+    "SC+PCR": ("exp_sc/geometry", "sc+pcr", "a counter, and as PCR"),
+    "EMA": ("exp_sc/geometry-more", "ema", "nothing"),
+    "R1": ("exp_sc/geometry-more", "r1", "nothing"),
+    "MIX+GAN": ("mix_gan/geometry-long", "mix", "nothing"),
+    "BourGAN": ("bourgan/geometry-long", "bourgain", "where corners are"),
+    "random centres": ("bourgan/geometry-long", "centres", "nothing"),
+    "AE-OT-GAN": ("latent/geometry", "ot-encoded", "nothing"),
+    "pseudo-supervised pairs": ("latent/geometry", "gaussian-random", "nothing"),
+    "InfoGAN-CR": ("infogan_cr/geometry", "infogan-cr", "how many factors there are"),
+    "right manifold": ("topology/geometry", "manifold", "the topology of the data")}
 FIRST, LAST = "<!-- made by results/table.py -->", "<!-- end -->"
 
 
@@ -55,6 +74,39 @@ def fixes(result):
         for name, r in rows.items()])
 
 
+def cures(found):
+    """The table of all cures, and the figure: exact images against their effective number."""
+    lines, fig = [], harness.figure(3.6)
+    ax = fig.subplots()
+    for name, (result, arm, knows) in CURES.items():
+        rows = [r for r in found[result]["rows"] if r["arm"] == arm]
+        correct, exact, n_eff, unseen, seen, cost = (sweep.values(rows, key) for key in (
+            "correct", "correct_exact", "n_eff", "unseen_share", "coverage_exact",
+            "update_seconds"))
+        first = [r["to_90"] for r in rows if r["to_90"]]
+        lines.append([
+            name, sweep.spread(correct, 100), sweep.spread(exact, 100), sweep.spread(n_eff),
+            sweep.spread([1 - v for v in unseen], 100), sweep.spread(seen), *([
+                f"{sum(first) / len(first):,.0f}", f"{sum(first) / len(first) * min(cost):.0f}"]
+                if len(first) == len(rows) else ["never"] * 2), knows])
+        x, y = ([sum(v) / len(v), min(v), max(v)] for v in (n_eff, [100 * v for v in exact]))
+        color = harness.style(arm)["color"] if result == "exp_sc/geometry" else "#888888"
+        ax.errorbar(*([v[0]] for v in (x, y)), *([[v[0] - v[1]], [v[2] - v[0]]] for v in (y, x)),
+                    fmt="o", color=color, lw=0.8)
+        below = name in ("vanilla", "right manifold")       # where others are in the way
+        ax.annotate(name, (x[0], y[0]), (-4 if name.endswith("pairs") else 4, 3 - 12 * below), ha=(
+            "right" if name.endswith("pairs") else "left"), textcoords="offset points")
+    train = found["exp_sc/geometry"]["rows"][0]["distinct_train"]
+    ax.axvline(train, color="grey", ls="--", lw=0.8)
+    ax.annotate("different\ntraining images", (train, 90), (3, 0), textcoords="offset points")
+    ax.set(xlabel="effective number of the exactly correct images", ylabel="exactly correct images,"
+           " %", xlim=(0, None), ylim=(0, 100), title="All cures, 3 seeds: mean and range")
+    with harness.atomic(TOP / "results" / "cures.png") as tmp:
+        fig.savefig(tmp, dpi=200)
+    return table(["cure", "correct", "exact", "n_eff", "copies", "coverage of 30", "updates to 90%",
+                  "seconds", "must know"], lines)
+
+
 def choices():
     """The text behind every UNSPECIFIED: and DEVIATION: tag, to the end of its paragraph."""
     lines, files = [], [*sorted(TOP.glob("*.py")), *sorted(TOP.glob("neighbours/*.py"))]
@@ -80,11 +132,12 @@ def put(path, text):
 def main():
     found = results()
     largest = [result for name, result in found.items()
-               if f"{name}-paper" not in found and not name.endswith("-bf16")]
+               if f"{name}-paper" not in found and not name.endswith(("-bf16", "-more", "-long"))]
     put("README.md", claims(largest, front=True))
     put("docs/results.md", "\n".join(provenance(*item) for item in found.items()))
     put("docs/theory.md", fixes(found["theory_sde"]))
     put("docs/choices.md", choices())
+    put("docs/cures.md", cures(found))
 
 
 if __name__ == "__main__":
