@@ -232,6 +232,14 @@ def d_loss(t, x_real, x_fake, x_comb=None, weight=None):
     return loss, logs
 
 
+def r1(t, x_real, x_fake):
+    """`d_loss` with R1 (Mescheder, Geiger, Nowozin 2018, eq. 9): r1_weight / 2 times the mean of
+    D's squared gradient at the reals (B, ...)."""
+    loss, logs = d_loss(t, x_real, x_fake)
+    logs["r1"] = t.cfg.r1_weight / 2 * slopes(t.D, x_real).square().sum(1).mean()
+    return loss + logs["r1"], logs
+
+
 def g_loss(t):
     """G's loss of eq. (1) on a fresh batch -> scalar with a graph, {} to be logged."""
     return LOSSES[t.cfg.loss][2](t.D(t.G(t.latent(t.cfg.batch)))).mean(), {}

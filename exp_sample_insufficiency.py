@@ -108,18 +108,9 @@ class Sampler(core.Trainer):
         self.left = {what: left.to(self.device) for what, left in state["left"].items()}
 
 
-def r1(t, x_real, x_fake):
-    """R1 (Mescheder et al. 2018, eq. 9): r1_weight / 2 times the mean of |grad D|^2 at reals."""
-    loss, logs = core.d_loss(t, x_real, x_fake)
-    x = x_real.detach().requires_grad_()
-    grad, = torch.autograd.grad(t.D(x).sum(), x, create_graph=True)
-    logs["r1"] = t.cfg.r1_weight / 2 * grad.square().flatten(1).sum(1).mean()
-    return loss + logs["r1"], logs
-
-
 # On photographs an arm is d_loss(t, x_real, x_fake) -> (loss, {name: tensor}). `ema`, the average
 # of vanilla's G, comes from vanilla's run at --batch.
-ARMS = {"vanilla": core.d_loss, "ema": core.d_loss, "r1": r1}
+ARMS = {"vanilla": core.d_loss, "ema": core.d_loss, "r1": core.r1}
 
 
 def networks(cfg):

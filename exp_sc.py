@@ -37,7 +37,7 @@ PRESETS = {
     # count; a small z: an image has four degrees of freedom; beta1 0, lr_decay: crisp squares.
     "paper": dict(size=32, n_train=25_600, n_cover=256_000, batch=64, lr_g=5e-4, lr_d=5e-4, z_dim=8,
                   beta1=0.0, base=2, lr_decay=True, n_fid=4096, checks=50, sc_counter="tolerant",
-                  r1_gamma=10.0),
+                  r1_weight=10.0),
     # DEVIATION: rectangles on a CPU. Canvas and squares are half as wide; that leaves 1/14 of the
     # possible images, and so many training images and coverage samples.
     "cpu": dict(size=16, n_train=1_800, n_cover=18_000, width=32, batch=32, lr_g=1e-3, lr_d=1e-3,
@@ -58,7 +58,7 @@ PHOTOS = {
                   n_dif=16, checks=2, log_every=2, seeds=[0])}
 OF_SQUARES = {"n_cover": (int, 1, 10 ** 9, "samples searched for training images"),
               "sc_counter": (tuple(COUNTERS), "what SC takes for correct"),
-              "r1_gamma": (float, 0, 10 ** 6, "of r1: weight of D's squared gradient, twice")}
+              "r1_weight": (float, 0, 10 ** 6, "gamma of arm r1")}
 OF_PHOTOS = {"sc_threshold": (float, 0, 1, "SC replaces fakes of a DIF below it"),
              "spares": (int, 1, 1000, "batches of fakes to choose replacements from"),
              "n_heldout": (int, 2, 10 ** 9, "unseen images"), "n_dif": (int, 2, 10 ** 6, "samples"),
@@ -91,21 +91,13 @@ def sc_weight(t, x_fake):
     return core.sample_correction(x_fake, correct.float(), threshold=0.5)[1]
 
 
-def r1(t, x_real, x_fake):
-    """The logarithmic loss, with half of gamma times D's mean squared gradient at the reals
-    (Mescheder, Geiger, Nowozin 2018, eq. 9) in the place of WGAN-GP's penalty."""
-    loss, logs = core.d_loss(t, x_real, x_fake)
-    logs["r1"] = core.slopes(t.D, x_real).square().sum(1).mean()
-    return loss + t.cfg.r1_gamma / 2 * logs["r1"], logs
-
-
 ARMS = {  # each is d_loss(t, x_real, x_fake) -> (loss, {name: tensor})
-    "vanilla": core.d_loss, "ema": core.d_loss, "r1": r1,
+    "vanilla": core.d_loss, "ema": core.d_loss, "r1": core.r1,
     "pcr": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, combinations(t)),
     "sc": lambda t, x_real, x_fake: core.d_loss(t, x_real, x_fake, weight=sc_weight(t, x_fake)),
     "sc+pcr": lambda t, x_real, x_fake: core.d_loss(
         t, x_real, x_fake, combinations(t), sc_weight(t, x_fake))}
-OVERRIDE = {    # what two arms that are not of the paper have for themselves
+OVERRIDE = {    # of two arms that are not the paper's; R1 is made for the logarithmic loss
     "ema": dict(ema_beta=0.999), "r1": dict(loss="ns", gp_weight=0.0)}
 
 

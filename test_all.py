@@ -4,6 +4,7 @@ Tests on real images and published weights run where GAN_DATA names a folder tha
 are skipped elsewhere.
 """
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -530,6 +531,51 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(tmp_path):
     assert kills >= 10 and inside >= 3
     check_same(tmp_path / "whole" / "ckpt.pt", cut / "ckpt.pt")
     assert (cut / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_a_run_leaves_a_film_with_wrong_images_in_red(tmp_path):
+    harness.fit(make_trainer(), tmp_path / "run", lambda t: {"distance": 1.0},
+                good=lambda x: torch.arange(len(x)) != 1)
+    with Image.open(tmp_path / "run" / "samples" / "0000006.png") as grid:
+        seen = np.asarray(grid.convert("RGB"))
+    side = len(seen) // 8                                       # of an image, its frame and its gap
+    assert seen[1, 1].tolist() == [128] * 3 and seen[1, side + 1].tolist() == [230, 0, 0]
+    assert (seen == (230, 0, 0)).all(2)[:, side:2 * side].any(0).sum() <= side
+    with Image.open(tmp_path / "run" / "film.gif") as film:
+        assert film.n_frames == 2 and film.size == (seen.shape[1] + 8, seen.shape[0] + 14)
+        film.seek(1)
+        last = np.asarray(film.convert("RGB"))[14:, :-8]
+    assert np.abs(last.astype(int) - seen).mean() < 12          # a GIF has 256 colours
+
+
+def test_films_lie_side_by_side_and_stay_small(tmp_path):
+    """Of too many frames every other one goes, but never the last; few are halved instead."""
+    for run, n in (("a", 25), ("b", 24), ("one", 1)):           # b has not come as far
+        (tmp_path / run / "samples").mkdir(parents=True)
+        for i in range(n):
+            harness.save_grid(uint8_images(4, 3, 32, seed=i), tmp_path / run / "samples" /
+                              f"{i:07d}.png")
+    wide = 2 * (260 + 8)                                        # a grid of 65 px, enlarged
+    for most, frames, width in ((2 ** 23, 24, wide), (10 ** 6, 12, wide), (2 ** 18, 6, wide // 2)):
+        runs = {name: tmp_path / name for name in "ab"}
+        harness.save_film(tmp_path / "film.gif", runs, most)
+        with Image.open(tmp_path / "film.gif") as film:
+            assert (film.n_frames, film.width) == (frames, width), most
+            film.seek(frames - 1)
+            seen = np.asarray(film.convert("RGB").resize((wide, 274))).astype(int)[14:, :260]
+        apart = [np.abs(seen - np.asarray(Image.open(f"{tmp_path}/a/samples/{i:07d}.png"))).mean()
+                 for i in range(24)]
+        assert np.argmin(apart) == 23
+        assert (tmp_path / "film.gif").stat().st_size <= most
+    harness.save_film(tmp_path / "none.gif", {"one": tmp_path / "one"})
+    assert not (tmp_path / "none.gif").exists()
+
+
+def test_seconds_of_an_update_are_the_fastest_of_some():
+    waits = iter([0.03, 0.01, 0.03])
+    t = argparse.Namespace(cfg=config(steps=6), step=6, update=lambda: (
+        time.sleep(next(waits)), {"g_loss": torch.zeros(())})[1])
+    assert 0.01 <= harness.update_seconds(t, 3) < 0.03 and t.step == 3
 
 
 # ------------------------------------------------------------------------------------- many runs
@@ -2077,6 +2123,21 @@ def test_each_arm_of_rectangles_is_its_cures(monkeypatch):
     assert calls == [(True, False), (False, weight.tolist()), (True, weight.tolist())]
 
 
+def test_arms_of_rectangles_that_are_not_the_papers(tmp_path, monkeypatch, capsys):
+    """`ema` is judged by the average of G; `r1` has its own loss and no WGAN-GP penalty."""
+    monkeypatch.setattr(exp_sc, "score", lambda t: {
+        "correct": 0.1, "correct_exact": 0.2, "hist": [1] * 5, "wrong": 0.9,
+        "correct_ema": 0.3, "correct_exact_ema": 0.4, "hist_ema": [2] * 5})
+    rows = exp_sc.main(["--smoke", "--outdir", str(tmp_path), "--arms", "ema", "r1"])["rows"]
+    assert [r["curve"] for r in rows] == [[[2, 0.3, 0.4], [4, 0.3, 0.4]], [[2, 0.1, 0.2],
+                                                                           [4, 0.1, 0.2]]]
+    assert [r["hist"][0] for r in rows] == [2, 1] and all(r["update_seconds"] > 0 for r in rows)
+    logs = [harness.read_rows(*tmp_path.glob(f"*/*/{arm}-s0/metrics.jsonl"))[0]
+            for arm in ("ema", "r1")]
+    assert [("gp" in row, "r1" in row) for row in logs] == [(True, False), (False, True)]
+    assert "gp_weight=0.0  loss=ns  run=r1-s0" in capsys.readouterr().out
+
+
 def test_score_of_rectangles_by_hand():
     """Two perfect squares, two of which one lacks a pixel, one, and three: counters differ."""
     x = torch.cat([geometry.draw(1, k, 16, 4, seed=k) for k in (2, 2, 1, 3)])
@@ -2214,7 +2275,7 @@ def test_r1_of_a_linear_critic():
     w = torch.tensor([[3., 4., 0., 0.]])
     cfg = argparse.Namespace(r1_weight=10.0, loss="wgan", gp_weight=0.0)
     t, x = argparse.Namespace(D=lambda x: x.flatten(1) @ w.T, cfg=cfg), torch.randn(5, 1, 2, 2)
-    loss, logs = insufficiency.r1(t, x, x)
+    loss, logs = core.r1(t, x, x)
     torch.testing.assert_close(logs["r1"], torch.tensor(5 * 25.0))
     torch.testing.assert_close(loss, core.d_loss(t, x, x)[0] + 125)
 
@@ -3627,6 +3688,44 @@ def test_claims_are_what_the_code_makes_of_the_committed_rows():
         claims = script.claims_photos([r for r in rows if "seed" in r]) if (
             rows[-1].get("part") == "sc_natural") else script.claims(rows)
         assert harness.to_jsonable(claims) == result["claims"], name
+
+
+def test_the_text_of_cures_follows_from_their_rows(monkeypatch, tmp_path):
+    """Equal data, updates and seeds for all; what docs/cures.md says; and the figure."""
+    table = load_table()
+    found, text = table.results(), (HERE / "docs" / "cures.md").read_text()
+    rows = {name: [r for r in found[result]["rows"] if r["arm"] == arm]
+            for name, (result, arm, _) in table.CURES.items()}
+    for name, mine in rows.items():
+        cfg = found[table.CURES[name][0]]["config"]
+        assert [r["seed"] for r in mine] == [0, 1, 2] and cfg["preset"] == "cpu", name
+        same = (cfg["n_train"], cfg["size"], cfg["batch"], cfg["width"], cfg["steps"],
+                mine[0].get("n_cover", mine[0].get("n_samples")))
+        assert same == (1800, 16, 32, 32, 3600, 18_000), name
+        assert all(f"{number:,}" in text for number in same)
+    mean = {key: {name: np.mean([r[key] for r in mine]) for name, mine in rows.items()}
+            for key in ("correct", "correct_exact", "n_eff")}
+    assert f"{rows['vanilla'][0]['distinct_train']:,} different ones" in text
+    points = {"random centres", "BourGAN", "AE-OT-GAN"}
+    assert {name for name, v in mean["correct_exact"].items() if v > 0.5} == points
+    assert all(mean["n_eff"][name] < mean["n_eff"]["vanilla"] / 2 for name in points)
+    assert all(mean["correct"][a] > 0.9 for a in ("SC", "PCR", "SC+PCR"))
+    assert mean["correct_exact"]["random centres"] > mean["correct_exact"]["BourGAN"]
+    pairs, plain = (sweep.values(rows[a], "correct_exact") for a in (
+        "pseudo-supervised pairs", "vanilla"))
+    assert min(pairs) < max(plain) and min(plain) < max(pairs)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(table, "TOP", tmp_path)
+    once = table.cures(found)
+    picture = (tmp_path / "results" / "cures.png").read_bytes()
+    shifted = [r | {"n_eff": r["n_eff"] + 500} for r in found["topology/geometry"]["rows"]]
+    assert table.cures(found | {"topology/geometry": found["topology/geometry"] | {
+        "rows": shifted}}) != once
+    assert (tmp_path / "results" / "cures.png").read_bytes() != picture
+    copyist = re.search(r"n_eff is ([\d,]+)", text)[1]
+    images, _ = exp_sc.training_set(argparse.Namespace(size=16, n_train=1800))
+    times = collections.Counter(x.numpy().tobytes() for x in images).values()
+    assert copyist == f"{1800 ** 2 / sum(n * n for n in times):,.0f}"
 
 
 def test_numbers_of_the_findings_stand_in_the_claims():

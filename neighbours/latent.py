@@ -295,7 +295,7 @@ def claims(rows):
             ", ".join(v) for v in first.values()), ""))
     return [{"paper": "AE-OT-GAN", "what": f"{one['dataset']}: {what}", "theirs": theirs,
              "ours": ours, "verdict": verdict, "front": one["dataset"] == "free" and
-             theirs.startswith(("transport", "both cure"))}
+             theirs.startswith("both cure")}
             for what, theirs, ours, verdict in found]
 
 

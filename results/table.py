@@ -7,10 +7,12 @@ into docs/choices.md, and all cures side by side into docs/cures.md and results/
 import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP))
+import exp_sc  # noqa: E402
 import harness  # noqa: E402
 import sweep  # noqa: E402
 
@@ -75,9 +77,9 @@ def fixes(result):
 
 
 def cures(found):
-    """The table of all cures, and the figure: exact images against their effective number."""
-    lines, fig = [], harness.figure(3.6)
-    ax = fig.subplots()
+    """The table of all cures, and the figure: correct images, by both counters, against n_eff."""
+    lines, fig = [], harness.figure(5.6)
+    axes = fig.subplots(2, sharex=True)
     for name, (result, arm, knows) in CURES.items():
         rows = [r for r in found[result]["rows"] if r["arm"] == arm]
         correct, exact, n_eff, unseen, seen, cost = (sweep.values(rows, key) for key in (
@@ -89,18 +91,24 @@ def cures(found):
             sweep.spread([1 - v for v in unseen], 100), sweep.spread(seen), *([
                 f"{sum(first) / len(first):,.0f}", f"{sum(first) / len(first) * min(cost):.0f}"]
                 if len(first) == len(rows) else ["never"] * 2), knows])
-        x, y = ([sum(v) / len(v), min(v), max(v)] for v in (n_eff, [100 * v for v in exact]))
         color = harness.style(arm)["color"] if result == "exp_sc/geometry" else "#888888"
-        ax.errorbar(*([v[0]] for v in (x, y)), *([[v[0] - v[1]], [v[2] - v[0]]] for v in (y, x)),
-                    fmt="o", color=color, lw=0.8)
-        below = name in ("vanilla", "right manifold")       # where others are in the way
-        ax.annotate(name, (x[0], y[0]), (-4 if name.endswith("pairs") else 4, 3 - 12 * below), ha=(
-            "right" if name.endswith("pairs") else "left"), textcoords="offset points")
-    train = found["exp_sc/geometry"]["rows"][0]["distinct_train"]
-    ax.axvline(train, color="grey", ls="--", lw=0.8)
-    ax.annotate("different\ntraining images", (train, 90), (3, 0), textcoords="offset points")
-    ax.set(xlabel="effective number of the exactly correct images", ylabel="exactly correct images,"
-           " %", xlim=(0, None), ylim=(0, 100), title="All cures, 3 seeds: mean and range")
+        left = name in ("pseudo-supervised pairs", "EMA")       # where others are in the way
+        below = name in ("vanilla", "right manifold", "BourGAN", "SC")
+        for ax, share in zip(axes, (correct, exact)):
+            x, y = ([sum(v) / len(v), min(v), max(v)] for v in (n_eff, [100 * v for v in share]))
+            ax.errorbar(*([v[0]] for v in (x, y)), *(
+                [[v[0] - v[1]], [v[2] - v[0]]] for v in (y, x)), fmt="o", color=color, lw=0.8)
+            ax.annotate(name, (x[0], y[0]), (-4 if left else 4, 3 - 12 * below),
+                        ha="right" if left else "left", textcoords="offset points")
+    images, _ = exp_sc.training_set(Namespace(**found["exp_sc/geometry"]["config"]))
+    counts = images.flatten(1).unique(dim=0, return_counts=True)[1]
+    copyist = len(images) ** 2 / counts.square().sum().item()
+    for ax, label in zip(axes, ("two rectangles (tolerant counter), %", "right to the pixel, %")):
+        ax.axvline(copyist, color="grey", ls="--", lw=0.8, label=f"training set ({copyist:,.0f})")
+        ax.set(ylabel=label, xlim=(0, None))
+    axes[0].set(ylim=(40, 102), title="All cures, 3 seeds: mean and range")
+    axes[1].set(ylim=(0, 100), xlabel="effective number of the images that are right to the pixel")
+    axes[1].legend(loc="upper right")
     with harness.atomic(TOP / "results" / "cures.png") as tmp:
         fig.savefig(tmp, dpi=200)
     return table(["cure", "correct", "exact", "n_eff", "copies", "coverage of 30", "updates to 90%",
