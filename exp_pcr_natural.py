@@ -192,7 +192,8 @@ def claims(rows):
         for key, kind in kinds.items():
             ends = {arm: sweep.values(here, key, arm=arm) for arm in arms}
             found.append({
-                "paper": "Table 1", "what": f"{name}: pcr lowers the {kind} of {', '.join(arms)}",
+                "paper": "Table 1", "what":
+                f"{name}: {'pcr lowers the ' * ('pcr' in arms)}{kind} of {', '.join(arms)}",
                 "theirs": f"FID {paper[0]}, with PCR {paper[1]}" if paper and key == "end" else "",
                 "ours": ", ".join(map(sweep.spread, ends.values())) + f", n={len(ends[arms[0]])}",
                 "verdict": sweep.beside(ends, "pcr"),

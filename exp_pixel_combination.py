@@ -309,8 +309,8 @@ def claims(rows):
             "; ".join(", ".join(f"{v:.1f}" for v in d) for d in logits.values()),
             "holds" if min(d_and, d_or) > (real + three) / 2 else "no")]
     return [dict(zip(("paper", "what", "theirs", "ours", "verdict"), claim)) | {
-        "ours": f"{claim[3]}, n={n}", "front": claim[4][:5] != "not d" and first.get(
-            "dataset", "celeba") == "celeba"} for claim in found]
+        "ours": f"{claim[3]}, n={n}", "front": claim[1][:6] in ("sample", "celeba") and
+        claim[4][:5] != "not d"} for claim in found]
 
 
 def draw_curves(ax, prefix, seeds, **labels):

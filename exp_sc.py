@@ -55,7 +55,7 @@ PHOTOS = {
     "cpu": dict(size=32, n_train=8, width=24, steps=8000, lr_g=5e-4, lr_d=5e-4, lr_decay=True,
                 n_fid=64, dims=64, n_heldout=512, n_dif=256, checks=8, seeds=[0]),
     "smoke": dict(jobs=1, size=32, n_train=8, n_heldout=32, width=8, z_dim=16, steps=4, n_fid=16,
-                  n_dif=16, checks=2, log_every=2, seeds=[0])}
+                  dims=64, n_dif=16, checks=2, log_every=2, seeds=[0])}
 OF_SQUARES = {"n_cover": (int, 1, 10 ** 9, "samples searched for training images"),
               "sc_counter": (tuple(COUNTERS), "what SC takes for correct"),
               "r1_weight": (float, 0, 10 ** 6, "gamma of arm r1")}
@@ -181,11 +181,12 @@ def claims(rows):
             "correct", "correct_exact", "coverage_exact", "unseen_share"))
         paper, words = PAPER.get(arm, (None, "above vanilla"))
         by = f" by the {mine[0].get('sc_counter', 'tolerant')} counter" * arm.startswith("sc")
-        first = ", ".join(f"{t:,}" if (t := to_90(r)) else "never" for r in mine)
+        first = ", ".join(f"{t:,}" if t else "never" for t in map(to_90, mine))
+        first = f"at step {first}" if any(map(to_90, mine)) else "never"
         n, total = mine[0]["n_cover"], mine[0]["coverage_n"]
         found += [
             {"paper": "Figure 1", "what": f"images of two rectangles, {arm}{by}: {words}", "theirs":
-             f"{paper:.0%}" if paper else "", "ours": f"{sweep.spread(share, 100)}, 90% at step "
+             f"{paper:.0%} right" if paper else "", "ours": f"{sweep.spread(share, 100)}, 90% "
              f"{first}; to the pixel {sweep.spread(to_pixel, 100)}; n={len(mine)}",
              "verdict": f"{tolerant[arm]}; to the pixel: {exact[arm]}", "front": True},
             {"paper": "Figure 7", "what": f"training images found exactly in {n:,} samples, {arm}",

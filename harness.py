@@ -325,6 +325,8 @@ def fit(trainer, folder, evaluate=None, best="distance", protocol=None, each_ste
                 save("ckpt.pt")
                 saved = time.time()
             if caught:
+                bar.write(f"{folder.name}: saved at step {trainer.step}, --resume goes on",
+                          sys.stderr)
                 sys.exit(128 + caught[0])
     save_film(folder / "film.gif", {folder.name: folder})
 

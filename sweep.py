@@ -64,6 +64,13 @@ FLAGS = {
 NOT_CONFIG = {"sample", "n", "out", "plot", "dry_run", "command", "started", "script"}
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, without the usage of every flag before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
 def add_flags(group, specs):
     """Add flags, given as FLAGS are, to an argparse group."""
     for name, (kind, *_, text) in specs.items():
@@ -75,8 +82,7 @@ def add_flags(group, specs):
 
 def parser(doc, presets, own, arms=None, training=FLAGS):
     """The ArgumentParser of a script: its `own` flags, those of every script, of training."""
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(p.add_argument_group("this script (default: the preset's value)"), own)
     add = p.add_argument_group("run").add_argument
     add("--preset", choices=presets, help="default: paper on CUDA, cpu elsewhere")
@@ -399,7 +405,9 @@ def values(rows, key, **where):
 
 def verdict(better, worse, higher=True):
     """`holds` if every number of one list, a seed each, beats all of the other; `in part` if only
-    their means are in that order, `no` if not even these; with one seed `not decided`."""
+    their means are in that order, `no` if not even these; `not decided` with one seed or none."""
+    if not (better and worse):
+        return "not decided (rival not run)"
     a, b = ([x if higher else -x for x in numbers] for numbers in (better, worse))
     if len(a) < 2 or len(b) < 2:
         return "not decided (one seed)"
@@ -416,7 +424,8 @@ def beside(numbers, arm, higher=False):
 
 def all_of(*verdicts):
     """The verdict of a claim that says several things: the worst of theirs."""
-    return max(verdicts, key=["holds", "in part", "not decided (one seed)", "no"].index)
+    return max(verdicts, key=["holds", "in part", "not decided (one seed)",
+                               "not decided (rival not run)", "no"].index)
 
 
 def spread(numbers, unit=1):

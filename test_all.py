@@ -369,7 +369,7 @@ def codes(arm="epoch", **changes):
                          ids=["images", "points", "codes"])
 @pytest.mark.parametrize("each_step", [False, True])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (0, None)])
-def test_stop_or_crash_and_resume_is_bit_for_bit(tmp_path, make, each_step, number, code):
+def test_stop_or_crash_and_resume_is_bit_for_bit(tmp_path, capsys, make, each_step, number, code):
     """A signal may come twice, from a group's sender and from the parent; the third kills."""
     def interrupted():
         for _ in range(2 * (cut.step == 4)):        # after a log, before a checkpoint
@@ -385,6 +385,7 @@ def test_stop_or_crash_and_resume_is_bit_for_bit(tmp_path, make, each_step, numb
     with pytest.raises((SystemExit, ZeroDivisionError)) as stopped:
         fit(cut, "cut")
     assert getattr(stopped.value, "code", None) == code
+    assert ("cut: saved at step 5, --resume goes on" in capsys.readouterr().err) == bool(number)
     assert harness.read_checkpoint(tmp_path / "cut" / "ckpt.pt")["step"] == (5 if number else 3)
     assert fit(make(), "cut") == rows and rows.count("distance") == 2
     assert rows.count("d_loss") == (6 if each_step else 2)
@@ -821,11 +822,22 @@ def test_contrast_mixup_and_matched():
     assert pcr_natural.matched(4 * x).abs().max() <= 1
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("--arms nobody", "invalid choice: 'nobody'"), ("--batch x", "invalid int value"),
+    ("--no-such-flag", "unrecognized arguments")])
+def test_a_wrong_flag_is_one_line(capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        exp_sc.main(flags.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
+
+
 def test_verdicts_by_hand():
     for better, worse, higher, word in [
             ([3, 4], [1, 2], True, "holds"), ([1, 4], [2, 2.1], True, "in part"),
             ([1, 2], [3, 4], True, "no"), ([2, 2], [2, 2], True, "no"),
-            ([1, 2], [3, 4], False, "holds"), ([9], [1, 2], True, "not decided (one seed)")]:
+            ([1, 2], [3, 4], False, "holds"), ([9], [1, 2], True, "not decided (one seed)"),
+            ([9, 8], [], True, "not decided (rival not run)")]:
         assert sweep.verdict(better, worse, higher) == word
 
 
@@ -3674,10 +3686,22 @@ def test_readme_and_docs_say_what_results_and_tags_say(monkeypatch):
     table.main()
     for path, text in written.items():
         assert f"{table.FIRST}\n{text}\n{table.LAST}" in (HERE / path).read_text(), path
-    for path in HERE.glob("*.py"):
-        if path.name != "test_all.py":
-            tags = len(re.findall("(?:UNSPECIFIED|DEVIATION):", path.read_text()))
-            assert written["docs/choices.md"].count(f"- `{path.name}` ") == tags, path.name
+    for name in table.tracked():
+        tags = len(re.findall("(?:UNSPECIFIED|DEVIATION):", (HERE / name).read_text()))
+        assert written["docs/choices.md"].count(f"- `{name}` ") == tags, name
+
+
+def test_choices_are_not_those_of_a_forks_copies(tmp_path, monkeypatch):
+    table = load_table()
+    for name in ("b.py", "mine.py", "neighbours/a.py", "test_all.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# UNSPECIFIED: x. y.\n")
+    monkeypatch.setattr(table, "TOP", tmp_path)
+    assert table.tracked() == ["b.py", "mine.py", "neighbours/a.py"]    # no checkout
+    for command in ("init -q", "add b.py neighbours test_all.py"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    assert table.tracked() == ["b.py", "neighbours/a.py"]
+    assert table.choices() == "- `b.py` UNSPECIFIED: x. y.\n- `neighbours/a.py` UNSPECIFIED: x. y."
 
 
 def test_claims_are_what_the_code_makes_of_the_committed_rows():
@@ -3729,11 +3753,13 @@ def test_the_text_of_cures_follows_from_their_rows(monkeypatch, tmp_path):
 
 
 def test_numbers_of_the_findings_stand_in_the_claims():
-    """No number in the prose of README's findings is typed in without a result behind it."""
-    findings = README[README.index("Three findings"):README.index("## One command")]
+    """No number in README's findings, or of results in docs/speed.md, has no result behind it."""
+    speed = (HERE / "docs" / "speed.md").read_text()
+    prose = README[README.index("Three findings"):README.index("In the table, *holds*")] + speed[
+        speed.index("and three seeds, WGAN-GP"):speed.index("What was kept")]
     found = " ".join(f"{c['what']} {c['ours']}" for result in load_table().results().values()
                      for c in result["claims"])
     known = set(re.findall(r"\d[\d.,]*\d|\d", found))
     for number in re.findall(r"(?<![\w-])\d[\d.,]*\d|(?<![\w-])\d", re.sub(
-            r"^\d\. |\(of 255\)|CIFAR-10|\b192\b", "", findings, flags=re.M)):
+            r"^\d\. |\(of 255\)|CIFAR-10|\b192\b|to 90%", "", prose, flags=re.M)):
         assert number in known, number

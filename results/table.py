@@ -4,8 +4,10 @@
 from into docs/results.md, the table of fixes into docs/theory.md, every open choice and departure
 into docs/choices.md, and all cures side by side into docs/cures.md and results/cures.png.
 """
+import contextlib
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -34,9 +36,10 @@ FIRST, LAST = "<!-- made by results/table.py -->", "<!-- end -->"
 
 
 def results():
-    """{folder under results/: its result.json}, in the order of their names."""
-    files = sorted(TOP.glob("results/**/result.json"))
-    return {str(f.parent.relative_to(TOP / "results")): json.loads(f.read_text()) for f in files}
+    """{folder under results/: its result.json}, by name, those of the paper's sections first."""
+    found = {str(f.parent.relative_to(TOP / "results")): json.loads(f.read_text())
+             for f in TOP.glob("results/**/result.json")}
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("exp_"), item[0])))
 
 
 def table(head, rows):
@@ -51,7 +54,8 @@ def claims(found, front=False):
     kept = [c for result in found for c in result["claims"] if c.get("front") or not front]
     return table(["paper", "what", "the paper", "here", "verdict"],
                  [[c[key] for key in ("paper", "what", "theirs", "ours", "verdict")]
-                  for c in sorted(kept, key=lambda c: c["paper"].replace("Figures", "Figure"))])
+                  for c in sorted(kept, key=lambda c: (not c["paper"].startswith((
+                      "Figure", "Table", "Section", "Theorem")), c["paper"].replace("s ", " ")))])
 
 
 def provenance(name, result):
@@ -115,17 +119,26 @@ def cures(found):
                   "seconds", "must know"], lines)
 
 
+def tracked():
+    """Names of the Python files, without a fork's copies beside them if git can tell."""
+    files = [str(f.relative_to(TOP)) for f in [*TOP.glob("*.py"), *TOP.glob("neighbours/*.py")]]
+    with contextlib.suppress(OSError):
+        files = subprocess.run(["git", "ls-files", *files], cwd=TOP, text=True,
+                               capture_output=True).stdout.split() or files
+    return sorted({*files} - {"test_all.py"}, key=lambda name: ("/" in name, name))
+
+
 def choices():
     """The text behind every UNSPECIFIED: and DEVIATION: tag, to the end of its paragraph."""
-    lines, files = [], [*sorted(TOP.glob("*.py")), *sorted(TOP.glob("neighbours/*.py"))]
-    for path in [f for f in files if f.name != "test_all.py"]:
-        code = path.read_text()
+    lines = []
+    for name in tracked():
+        code = (TOP / name).read_text()
         blocks = re.findall(r"(?:^ *#.*\n)+", code, re.M)
         for doc in re.findall(r'"""(.*?)"""', code, re.S):
             blocks += re.split(r"\n\s*\n", doc)
         for block in blocks:
             text = " ".join(re.sub("^ *#", "", block, flags=re.M).split())
-            lines += [f"- `{path.name}` {tag.strip()}" for tag in
+            lines += [f"- `{name}` {tag.strip()}" for tag in
                       re.split("(?=(?:UNSPECIFIED|DEVIATION): )", text)[1:]]
     return "\n".join(lines)
 
@@ -139,10 +152,11 @@ def put(path, text):
 
 def main():
     found = results()
-    largest = [result for name, result in found.items()
-               if f"{name}-paper" not in found and not name.endswith(("-bf16", "-more", "-long"))]
+    largest = [result for name, result in found.items() if not name.endswith(("-bf16", "-more"))
+               and not {f"{name}-paper", f"{name}-long"} & {*found}]
+    contents = ", ".join(f"[{name}](#{name.replace('/', '')})" for name in found)
     put("README.md", claims(largest, front=True))
-    put("docs/results.md", "\n".join(provenance(*item) for item in found.items()))
+    put("docs/results.md", "\n".join([contents, "", *(map(provenance, found, found.values()))]))
     put("docs/theory.md", fixes(found["theory_sde"]))
     put("docs/choices.md", choices())
     put("docs/cures.md", cures(found))
