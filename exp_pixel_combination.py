@@ -47,7 +47,7 @@ PHOTOS = {
     # faces after as many images as large ones need for blots.
     "cpu": dict(steps=2400, batch=8, width=32, n_dis=1, lr_g=5e-4, lr_d=5e-4, n_query=200,
                 n_fid=256, n_real=1000, dims=192, checks=10, log_every=20),
-    "smoke": SMOKE | dict(n_dis=1, batch=8, n_query=4, n_fid=8, n_real=32)}
+    "smoke": SMOKE | dict(n_dis=1, batch=8, n_query=4, n_fid=8, n_real=32, dims=64)}
 OF_PHOTOS = {
     "n_query": (int, 2, 10 ** 9, "images of each kind to search pairs for, and that D is shown"),
     **{k: (data.FLAGS | fid.FLAGS)[k] for k in ("n_train", "n_real", "dims", "fid_weights")}}
