@@ -28,14 +28,14 @@ FEW = dict(jobs=1, n_dis=1, batch=8, steps=4, width=8, z_dim=4, n_train=64, n_fi
 COMMON = dict(arch="dcgan", norm_d="none", init_d="he", gp_comb=False, comb_weight=0.5, flip=False,
               ema_beta=0.0, checks=20, log_every=50)
 PRESETS = {
-    **{kind: {      # the GAN of exp_sc.py on all images of a half of a set
+    **{kind: {      # the GAN of exp_sc.py, with base 2, on all images of a half of a set
         "paper": IMAGES | dict(n_dis=1, batch=32, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
             steps=50_000, z_dim=8, base=2, size=16, n_fid=4096, n_end=256_000),
         "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, width=32, n_fid=1024, n_end=18_000),
         "smoke": FEW | dict(n_train=None)} for kind in SETS},
     **{kind: {"paper": POINTS | dict(n_train=n), "cpu": {}, "smoke": FEW}
        for kind, n in PLANES.items()},
-    "geometry": {   # the GAN of exp_sc.py, on a CPU for as many updates as fit
+    "geometry": {   # the same on exp_sc.py's images, on a CPU for as many updates as fit
         "paper": IMAGES | dict(n_dis=1, batch=64, lr_g=5e-4, lr_d=5e-4, beta1=0.0, lr_decay=True,
             steps=50_000, z_dim=8, base=2, n_train=25_600, n_fid=4096, n_end=256_000),
         "cpu": dict(batch=32, lr_g=1e-3, lr_d=1e-3, steps=2400, size=16, width=32, n_train=1800,
