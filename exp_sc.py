@@ -185,6 +185,8 @@ def claims(rows):
         first = ", ".join(f"{t:,}" if t else "never" for t in map(to_90, mine))
         first = f"at step {first}" if any(map(to_90, mine)) else "never"
         n, total = mine[0]["n_cover"], mine[0]["coverage_n"]
+        worth = [r["n_eff"] for r in mine if r.get("n_eff")]
+        worth = f", worth {sweep.spread(worth)} different ones" if worth else ""
         found += [
             {"paper": "Figure 1", "what": f"images of two rectangles, {arm}{by}: {words}", "theirs":
              f"{paper:.0%} right" if paper else "", "ours": f"{sweep.spread(share, 100)}, 90% "
@@ -193,8 +195,8 @@ def claims(rows):
             {"paper": "Figure 7", "what": f"training images found exactly in {n:,} samples, {arm}",
              "theirs": "most of 30" if arm in ("pcr", "sc", "sc+pcr") else "",
              "ours": f"{', '.join(map(str, hits))} of {total}; {sweep.spread(new, 100)} of correct "
-             "samples are no training image", "verdict": sweep.verdict(hits, [total / 2] * 2),
-             "front": arm == "sc+pcr"}]
+             f"samples{worth}, are no training image", "front": arm == "sc+pcr",
+             "verdict": sweep.verdict(hits, [total / 2] * 2)}]
     return sorted(found, key=lambda claim: claim["paper"])
 
 

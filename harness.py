@@ -226,7 +226,10 @@ def sample(args, networks=core.build, prior=core.normal_prior):
     t = argparse.Namespace(cfg=argparse.Namespace(**state["config"]), device=device,
                            gen=core.generator(0, device))
     t.G = networks(t.cfg)[0].to(device)
-    t.G.load_state_dict(state["G"])
+    try:
+        t.G.load_state_dict(state["G"])
+    except RuntimeError:
+        raise UserError(f"{args.sample} has other networks: use the script that made it") from None
     if (x := torch.cat(list(core.generate(t.G, prior(t, args.n))))).dim() != 4:
         raise UserError(f"{args.sample} draws points, not images")
     save_grid(x, args.out)

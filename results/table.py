@@ -19,12 +19,12 @@ import harness  # noqa: E402
 import sweep  # noqa: E402
 
 CURES = {   # {name: (result, arm, what it must know)}
-    "vanilla": ("exp_sc/geometry", "vanilla", "nothing"),
-    "PCR": ("exp_sc/geometry", "pcr", "that ANDs and ORs are wrong"),
-    "SC": ("exp_sc/geometry", "sc", "a counter"),
-    "SC+PCR": ("exp_sc/geometry", "sc+pcr", "a counter, and as PCR"),
-    "EMA": ("exp_sc/geometry-more", "ema", "nothing"),
-    "R1": ("exp_sc/geometry-more", "r1", "nothing"),
+    "vanilla": ("exp_sc/geometry-z8", "vanilla", "nothing"),
+    "PCR": ("exp_sc/geometry-z8", "pcr", "that ANDs and ORs are wrong"),
+    "SC": ("exp_sc/geometry-z8", "sc", "a counter"),
+    "SC+PCR": ("exp_sc/geometry-z8", "sc+pcr", "a counter, and as PCR"),
+    "EMA": ("exp_sc/geometry-z8-more", "ema", "nothing"),
+    "R1": ("exp_sc/geometry-z8-more", "r1", "nothing"),
     "MIX+GAN": ("mix_gan/geometry-long", "mix", "nothing"),
     "BourGAN": ("bourgan/geometry-long", "bourgain", "where corners are"),
     "random centres": ("bourgan/geometry-long", "centres", "nothing"),
@@ -32,6 +32,7 @@ CURES = {   # {name: (result, arm, what it must know)}
     "pseudo-supervised pairs": ("latent/geometry", "gaussian-random", "nothing"),
     "InfoGAN-CR": ("infogan_cr/geometry", "infogan-cr", "how many factors there are"),
     "right manifold": ("topology/geometry", "manifold", "the topology of the data")}
+ASIDE = ("-bf16", "-more", "-z8", "-32px")     # results that are not for the front page
 FIRST, LAST = "<!-- made by results/table.py -->", "<!-- end -->"
 
 
@@ -95,7 +96,7 @@ def cures(found):
             sweep.spread([1 - v for v in unseen], 100), sweep.spread(seen), *([
                 f"{sum(first) / len(first):,.0f}", f"{sum(first) / len(first) * min(cost):.0f}"]
                 if len(first) == len(rows) else ["never"] * 2), knows])
-        color = harness.style(arm)["color"] if result == "exp_sc/geometry" else "#888888"
+        color = harness.style(arm)["color"] if result == "exp_sc/geometry-z8" else "#888888"
         left = name in ("pseudo-supervised pairs", "EMA")       # where others are in the way
         below = name in ("vanilla", "right manifold", "BourGAN", "SC")
         for ax, share in zip(axes, (correct, exact)):
@@ -104,7 +105,7 @@ def cures(found):
                 [[v[0] - v[1]], [v[2] - v[0]]] for v in (y, x)), fmt="o", color=color, lw=0.8)
             ax.annotate(name, (x[0], y[0]), (-4 if left else 4, 3 - 12 * below),
                         ha="right" if left else "left", textcoords="offset points")
-    images, _ = exp_sc.training_set(Namespace(**found["exp_sc/geometry"]["config"]))
+    images, _ = exp_sc.training_set(Namespace(**found["exp_sc/geometry-z8"]["config"]))
     counts = images.flatten(1).unique(dim=0, return_counts=True)[1]
     copyist = len(images) ** 2 / counts.square().sum().item()
     for ax, label in zip(axes, ("two rectangles (tolerant counter), %", "right to the pixel, %")):
@@ -152,7 +153,7 @@ def put(path, text):
 
 def main():
     found = results()
-    largest = [result for name, result in found.items() if not name.endswith(("-bf16", "-more"))
+    largest = [result for name, result in found.items() if not name.endswith(ASIDE)
                and not {f"{name}-paper", f"{name}-long"} & {*found}]
     contents = ", ".join(f"[{name}](#{name.replace('/', '')})" for name in found)
     put("README.md", claims(largest, front=True))
