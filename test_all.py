@@ -549,6 +549,14 @@ def test_a_run_leaves_a_film_with_wrong_images_in_red(tmp_path):
     assert np.abs(last.astype(int) - seen).mean() < 12          # a GIF has 256 colours
 
 
+def test_images_of_other_networks_are_refused(tmp_path):
+    fit(tmp_path)
+    args = argparse.Namespace(sample=tmp_path / "ckpt.pt", n=4, out=tmp_path / "a.png",
+                              device="cpu")
+    refused(lambda: harness.sample(args, lambda cfg: (nn.Linear(4, 4), None)), "other networks")
+    assert not args.out.exists() and harness.sample(args)["n"] == 4 and args.out.exists()
+
+
 def test_films_lie_side_by_side_and_stay_small(tmp_path):
     """Of too many frames every other one goes, but never the last; few are halved instead."""
     for run, n in (("a", 25), ("b", 24), ("one", 1)):           # b has not come as far
