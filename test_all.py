@@ -581,10 +581,10 @@ def test_films_lie_side_by_side_and_stay_small(tmp_path):
 
 
 def test_seconds_of_an_update_are_the_fastest_of_some():
-    waits = iter([0.03, 0.01, 0.03])
+    waits = iter([0.3, 0.01, 0.3])
     t = argparse.Namespace(cfg=config(steps=6), step=6, update=lambda: (
         time.sleep(next(waits)), {"g_loss": torch.zeros(())})[1])
-    assert 0.01 <= harness.update_seconds(t, 3) < 0.03 and t.step == 3
+    assert 0.01 <= harness.update_seconds(t, 3) < 0.3 and t.step == 3
 
 
 # ------------------------------------------------------------------------------------- many runs

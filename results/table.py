@@ -40,7 +40,8 @@ def results():
     """{folder under results/: its result.json}, by name, those of the paper's sections first."""
     found = {str(f.parent.relative_to(TOP / "results")): json.loads(f.read_text())
              for f in TOP.glob("results/**/result.json")}
-    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("exp_"), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (
+        not item[0].startswith(("exp_", "theory")), item[0])))
 
 
 def table(head, rows):
@@ -55,8 +56,7 @@ def claims(found, front=False):
     kept = [c for result in found for c in result["claims"] if c.get("front") or not front]
     return table(["paper", "what", "the paper", "here", "verdict"],
                  [[c[key] for key in ("paper", "what", "theirs", "ours", "verdict")]
-                  for c in sorted(kept, key=lambda c: (not c["paper"].startswith((
-                      "Figure", "Table", "Section", "Theorem")), c["paper"].replace("s ", " ")))])
+                  for c in sorted(kept, key=lambda c: c["paper"].replace("s ", " "))])
 
 
 def provenance(name, result):
@@ -153,8 +153,8 @@ def put(path, text):
 
 def main():
     found = results()
-    largest = [result for name, result in found.items() if not name.endswith(ASIDE)
-               and not {f"{name}-paper", f"{name}-long"} & {*found}]
+    largest = [result for name, result in found.items()
+               if f"{name}-paper" not in found and not name.endswith(ASIDE)]
     contents = ", ".join(f"[{name}](#{name.replace('/', '')})" for name in found)
     put("README.md", claims(largest, front=True))
     put("docs/results.md", "\n".join([contents, "", *(map(provenance, found, found.values()))]))
